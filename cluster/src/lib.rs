@@ -1,0 +1,7 @@
+//! Replicated state, leases, ownership, beats.
+//!
+//! Cores are synchronous state machines without socket, clock, task or randomness of their own; the shell beside them
+//! owns threads, sockets, disk and clock. `ARCHITECTURE.md` tells the three lives and names the files in order.
+
+pub mod api;
+pub mod time;

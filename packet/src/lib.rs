@@ -1,0 +1,10 @@
+//! The packet engine and its lanes.
+//!
+//! What goes in: a [`plan::Plan`] (what to forward, a whole picture at one revision), leases (written into the lane at
+//! every renewal, compared with the clock for every packet), frames. What comes out: frames, counters, flows.
+//! This crate knows nothing of gRPC, tokio, Raft or the cluster crate.
+
+pub mod lane;
+pub mod lease;
+pub mod plan;
+pub mod time;
