@@ -1,0 +1,62 @@
+# Every check is one word here, and CI runs the same word. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The lab makes network namespaces, which needs root: without it, test programs and the demo run through sudo.
+ifneq ($(shell id -u),0)
+  AS_ROOT := sudo --preserve-env=PATH,HOME,RUST_LOG,CI
+  export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
+  export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
+endif
+
+QUICK ?=
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
+
+.PHONY: help setup demo build test test-fast lint deny bench fuzz clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+
+setup: ## install what building and the demo need and this machine lacks
+	@deploy/setup.sh build
+
+demo: setup ## the appliance on this one machine: clients, two balancers, a witness, servers; a kill, a failover
+	cargo build --release --package komainu-node
+	$(AS_ROOT) target/release/komainu demo $(ARGS)
+
+build: setup ## the release binary, target/release/komainu
+	cargo build --release --package komainu-node
+
+test: ## every test: unit, property, and the real binary in network namespaces (needs root or sudo)
+	@deploy/setup.sh test
+	cargo build --package komainu-node
+	cargo test --workspace --no-fail-fast
+
+test-fast: setup ## the tests that need neither root nor the binary
+	cargo test --workspace --exclude komainu-tests
+
+lint: setup ## formatting, clippy without a warning, and cargo-deny where it is installed
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null 2>&1; then cargo deny check bans licenses sources; \
+	else echo "lint: cargo-deny is not installed, licences not checked: cargo install --locked cargo-deny"; fi
+
+deny: ## licences, sources, and known vulnerabilities (needs cargo-deny and its advisory database)
+	cargo deny check
+
+bench: ## throughput beside the kernel's own forwarding; QUICK=1 for two minutes; writes target/bench/results.json
+	@deploy/setup.sh bench
+	cargo build --release --package komainu-tests --bin bench
+	$(AS_ROOT) target/release/bench $(if $(QUICK),--quick) $(ARGS)
+
+fuzz: setup ## every fuzz target for FUZZ_SECONDS (600) each; needs a nightly toolchain
+	@rustup toolchain list | grep -q '^nightly' || { echo "fuzz: needs a nightly compiler: rustup toolchain install nightly"; exit 1; }
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	@set -e; for target in $(FUZZ_TARGETS); do \
+	    echo "== $$target: $(FUZZ_SECONDS) s"; \
+	    cargo +nightly fuzz run --fuzz-dir tests/fuzz $$target -- -max_total_time=$(FUZZ_SECONDS) -verbosity=0 -print_final_stats=1; \
+	done
+
+clean: ## remove everything built
+	cargo clean
