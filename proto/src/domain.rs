@@ -194,6 +194,13 @@ words! {
     }
 }
 
+/// Idle time of an established TCP flow when the document gives none: 15 minutes, as in the kernel's IPVS.
+pub const DEFAULT_TCP_IDLE_MS: u32 = 900_000;
+/// Idle time of a UDP flow when the document gives none.
+pub const DEFAULT_UDP_IDLE_MS: u32 = 60_000;
+/// Weight of a backend when the document gives none.
+pub const DEFAULT_WEIGHT: u32 = 1;
+
 /// The cluster document: the one thing that operators edit and the cluster replicates.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Document {
