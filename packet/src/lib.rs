@@ -4,7 +4,11 @@
 //! every renewal, compared with the clock for every packet), frames. What comes out: frames, counters, flows.
 //! This crate knows nothing of gRPC, tokio, Raft or the cluster crate.
 
+pub mod drops;
+pub mod engine;
 pub mod lane;
 pub mod lease;
+pub mod neighbour;
 pub mod plan;
+pub mod tables;
 pub mod time;

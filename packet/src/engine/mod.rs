@@ -1,0 +1,198 @@
+//! The packet engine: `(frame, tables, flows, now) → verdict`. No socket, no clock, no thread.
+//!
+//! A lane calls, in this order and from one thread at a time:
+//! 1. [`Engine::new`], [`Engine::set_port`] whenever an interface changes;
+//! 2. [`Engine::install`] (or [`compile`] elsewhere and [`Engine::swap`] here) for each new plan;
+//! 3. [`Engine::process`] for each frame, acts on the [`Verdict`], and asks [`Fence::is_open`] again just before it sends;
+//! 4. [`Engine::poll_claim`] after each batch, and announces again what was claimed;
+//! 5. [`Engine::tick`] when [`Engine::next_deadline`] has come.
+
+mod counters;
+mod frame;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+pub use counters::Event;
+pub use frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
+
+use crate::drops::Reason;
+use crate::lane::{Counters, FlowFilter, FlowInfo, Trace};
+use crate::lease::LeaseBoard;
+use crate::neighbour::{Mac, NextHops};
+use crate::plan::Plan;
+use crate::tables::{self, PlanError, Tables};
+use crate::time::BootTime;
+
+use counters::Tally;
+
+/// Settings of an engine that do not change while it runs.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Interface on the network that the VIPs are on.
+    pub service: PortConfig,
+    /// Interface on the second network, when there is one.
+    pub inside: Option<PortConfig>,
+    /// Most flows remembered at once, 1..=[`MAX_FLOWS`]; about 130 bytes each, taken from the system as they come.
+    pub max_flows: usize,
+    /// Most flows remembered anew each second. A flood costs a table write for each packet below this and none above.
+    pub new_flows_per_second: u32,
+    /// Secret of this process: keys the flow table's hash, so that nobody outside can choose colliding flows.
+    /// Backend choice does not depend on it.
+    pub seed: u64,
+}
+
+/// Largest flow table: an entry is named by 32 bits with room for the index at half load.
+pub const MAX_FLOWS: usize = 1 << 26;
+/// Flow table of a lane that was told nothing else: 1 M flows, about 130 MB when full.
+pub const DEFAULT_MAX_FLOWS: usize = 1 << 20;
+/// New flows per second of a lane that was told nothing else: more than one core of the `af_packet` lane takes in, so it
+/// is met by floods only.
+pub const DEFAULT_NEW_FLOWS_PER_SECOND: u32 = 200_000;
+/// Foreign claims that wait for [`Engine::poll_claim`]. Each address waits at most once, so more than the VIPs of a
+/// busy pair are not needed; a flood of claims loses the rest and they come again.
+pub const MAX_CLAIMS: usize = 64;
+
+/// Somebody else claims an address that this node holds the lease for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// VIP group that the address belongs to.
+    pub group: u32,
+    /// The address.
+    pub address: IpAddr,
+    /// Who claims it.
+    pub mac: Mac,
+    /// Where it was seen.
+    pub port: Port,
+}
+
+/// An address that the engine answers ARP/ND for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnedAddress {
+    /// VIP group that it belongs to.
+    pub group: u32,
+    /// The address.
+    pub address: IpAddr,
+    /// Port that it is answered for and announced on; `None`: every port.
+    pub port: Option<Port>,
+}
+
+/// The packet engine. See the module for the order of calls.
+pub struct Engine {
+    config: EngineConfig,
+    leases: Arc<LeaseBoard>,
+    tables: Arc<Tables>,
+    tally: Tally,
+}
+
+/// Compiles a plan. Independent of any engine, so that it can be done outside the packet thread; `previous` lends its
+/// Maglev tables where nothing changed.
+///
+/// # Errors
+/// The plan contradicts itself or exceeds a limit.
+pub fn compile(plan: Plan, previous: Option<&Tables>) -> Result<Tables, PlanError> {
+    tables::Tables::compile(plan, previous)
+}
+
+impl Engine {
+    /// An engine without a plan: everything is [`Verdict::NotOurs`].
+    pub fn new(config: EngineConfig, leases: Arc<LeaseBoard>) -> Engine {
+        Engine { config, leases, tables: Arc::new(Tables::default()), tally: Tally::default() }
+    }
+
+    /// Compiles `plan` and puts it in force as a whole. Flows and counters of what stays survive.
+    ///
+    /// # Errors
+    /// The plan contradicts itself or exceeds a limit; what was in force stays.
+    pub fn install(&mut self, plan: Plan, now: BootTime) -> Result<(), PlanError> {
+        let tables = compile(plan, Some(&self.tables))?;
+        self.swap(Arc::new(tables), now);
+        Ok(())
+    }
+
+    /// Puts compiled tables in force as a whole. Flows and counters of what stays survive.
+    pub fn swap(&mut self, tables: Arc<Tables>, _now: BootTime) {
+        self.tables = tables;
+    }
+
+    /// The tables in force.
+    pub fn tables(&self) -> &Arc<Tables> {
+        &self.tables
+    }
+
+    /// Takes over changed facts of an interface (address, MTU).
+    pub fn set_port(&mut self, port: Port, config: PortConfig) {
+        match port {
+            Port::Service => self.config.service = config,
+            Port::Inside => self.config.inside = Some(config),
+        }
+    }
+
+    /// What is known of a port.
+    pub fn port(&self, port: Port) -> Option<&PortConfig> {
+        match port {
+            Port::Service => Some(&self.config.service),
+            Port::Inside => self.config.inside.as_ref(),
+        }
+    }
+
+    /// Addresses to answer for and to announce, with their ports, under the plan in force.
+    pub fn owned(&self) -> Vec<OwnedAddress> {
+        Vec::new()
+    }
+
+    /// Decides about `frame`, which came in by `port`, and rewrites it in place.
+    pub fn process(
+        &mut self,
+        _frame: &mut FrameMut<'_>,
+        _port: Port,
+        _now: BootTime,
+        _hops: &dyn NextHops,
+    ) -> Verdict {
+        self.tally.event(Event::NotOurs);
+        Verdict::NotOurs
+    }
+
+    /// The answer that the last [`Verdict::Reply`] spoke of: a whole Ethernet frame.
+    pub fn reply(&self) -> &[u8] {
+        &[]
+    }
+
+    /// Next claim of somebody else for an address that this node holds the lease for.
+    pub fn poll_claim(&mut self) -> Option<Claim> {
+        None
+    }
+
+    /// Counts a frame that the lane itself had to drop after the engine's verdict.
+    pub fn count_drop(&mut self, reason: Reason) {
+        self.tally.drop(reason);
+    }
+
+    /// Forgets what has idled out. Bounded work; call again while [`Engine::next_deadline`] is not after `now`.
+    pub fn tick(&mut self, _now: BootTime) {}
+
+    /// When [`Engine::tick`] has something to do next; `None` while nothing is remembered.
+    pub fn next_deadline(&self) -> Option<BootTime> {
+        None
+    }
+
+    /// Counters since the engine was made.
+    pub fn counters(&self, _now: BootTime) -> Counters {
+        Counters { drops: self.tally.drops(), events: self.tally.events(), ..Counters::default() }
+    }
+
+    /// Remembered flows that match, at most `limit`, in no order.
+    pub fn flows(&self, _filter: &FlowFilter, _limit: usize, _now: BootTime) -> Vec<FlowInfo> {
+        Vec::new()
+    }
+
+    /// Where a flow from `client` to service `service` would go now, and why; `None` when there is no such service.
+    pub fn trace(&self, _service: u32, _client: SocketAddr, _now: BootTime) -> Option<Trace> {
+        None
+    }
+
+    /// The board that leases are read from.
+    pub fn leases(&self) -> &Arc<LeaseBoard> {
+        &self.leases
+    }
+}
