@@ -1,0 +1,547 @@
+//! The lab itself: builds a topology, injects faults, leaves nothing behind.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::bpf::{DropRule, load_drop_program};
+use crate::error::{LabError, Result};
+use crate::net::{Netlink, with_netlink, write_sysctl_here};
+use crate::netns::Namespace;
+use crate::process::Process;
+use crate::topology::{HostSpec, RouteSpec, Topology};
+
+/// Longest name of a host and of a segment: a port on the switch is named after both and the kernel allows 15
+/// characters, of which one is the dot and one marks the other end.
+const MAX_HOST_NAME: usize = 6;
+const MAX_SEGMENT_NAME: usize = 7;
+
+/// Network namespaces with cables between them. Everything in it ends when it is dropped, and also when the process dies.
+#[derive(Debug)]
+pub struct Lab {
+    switch: Namespace,
+    segments: Vec<String>,
+    hosts: BTreeMap<String, Host>,
+    // Ports that drop, by (host, segment): from which host and how much.
+    faults: Mutex<BTreeMap<(String, String), Vec<Fault>>>,
+    dir: WorkDir,
+}
+
+#[derive(Clone, Debug)]
+struct Fault {
+    from: String,
+    threshold: u32,
+}
+
+/// A host of the lab. Clones mean the same host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    ns: Namespace,
+    links: Vec<Interface>,
+}
+
+/// An interface of a host.
+#[derive(Clone, Debug)]
+pub struct Interface {
+    /// Segment it is plugged into.
+    pub segment: String,
+    /// Its name inside the host.
+    pub name: String,
+    /// Index inside the host.
+    pub index: u32,
+    /// Link-layer address.
+    pub mac: [u8; 6],
+    /// Addresses with prefix length.
+    pub addresses: Vec<(IpAddr, u8)>,
+    /// Index of the switch port on the other end.
+    port: u32,
+}
+
+impl Lab {
+    /// Builds `topology`.
+    ///
+    /// # Errors
+    /// Missing privileges (the message names them), a topology that contradicts itself, or a refusal of the kernel.
+    pub fn build(topology: &Topology) -> Result<Lab> {
+        check_names(topology)?;
+        let dir = WorkDir::create()?;
+        let switch = Namespace::create("switch")?;
+        let mut namespaces = BTreeMap::new();
+        for host in &topology.hosts {
+            let ns = Namespace::create(&host.name)?;
+            prepare(&ns, host)?;
+            namespaces.insert(host.name.clone(), ns);
+        }
+        let ports = with_netlink(&switch, async |netlink| lay_cables(netlink, topology, &namespaces).await)?;
+        let mut hosts = BTreeMap::new();
+        for (number, spec) in topology.hosts.iter().enumerate() {
+            let ns = namespaces[&spec.name].clone();
+            let ports = &ports;
+            let links = with_netlink(&ns, async |netlink| {
+                configure_host(netlink, spec, number, topology, ports).await
+            })?;
+            hosts.insert(spec.name.clone(), Host { ns, links });
+        }
+        Ok(Lab { switch, segments: topology.segments.clone(), hosts, faults: Mutex::default(), dir })
+    }
+
+    /// A directory for files of this lab, removed with it.
+    pub fn dir(&self) -> &Path {
+        &self.dir.path
+    }
+
+    /// Keeps the directory when the lab ends, for a look at what failed.
+    pub fn keep_dir(&self) {
+        self.dir.keep.store(1, Ordering::Relaxed);
+    }
+
+    /// The host called `name`.
+    ///
+    /// # Panics
+    /// When there is none: that is a mistake in the story, not in the network.
+    pub fn host(&self, name: &str) -> &Host {
+        self.hosts.get(name).unwrap_or_else(|| {
+            panic!("the lab has no host \"{name}\": it has {:?}", self.hosts.keys().collect::<Vec<_>>())
+        })
+    }
+
+    /// All hosts, by name.
+    pub fn hosts(&self) -> impl Iterator<Item = (&str, &Host)> {
+        self.hosts.iter().map(|(name, host)| (name.as_str(), host))
+    }
+
+    /// Who a MAC address belongs to: `host`, or the address itself when it is nobody's.
+    pub fn who(&self, mac: [u8; 6]) -> String {
+        self.hosts
+            .iter()
+            .find(|(_, h)| h.links.iter().any(|l| l.mac == mac))
+            .map_or_else(|| mac_string(mac), |(name, _)| name.clone())
+    }
+
+    /// Pulls the cable of `host` out of `segment`: both ends lose the carrier.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn unplug(&self, host: &str, segment: &str) -> Result<()> {
+        self.set_port(host, segment, false)
+    }
+
+    /// Puts it back.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn plug(&self, host: &str, segment: &str) -> Result<()> {
+        self.set_port(host, segment, true)
+    }
+
+    fn set_port(&self, host: &str, segment: &str, up: bool) -> Result<()> {
+        let port = self.host(host).on(segment).port;
+        with_netlink(&self.switch, async |netlink| netlink.set_up(port, up).await)
+    }
+
+    /// Drops whatever `from` sends to `to` on `segment`, and nothing else: one way only.
+    ///
+    /// # Errors
+    /// The kernel refuses the filter.
+    pub fn cut_one_way(&self, from: &str, to: &str, segment: &str) -> Result<()> {
+        self.set_loss(from, to, segment, 1.0)
+    }
+
+    /// Drops whatever `a` and `b` send to each other on `segment`. Frames between either of them and others pass.
+    ///
+    /// # Errors
+    /// The kernel refuses the filter.
+    pub fn cut(&self, a: &str, b: &str, segment: &str) -> Result<()> {
+        self.cut_one_way(a, b, segment)?;
+        self.cut_one_way(b, a, segment)
+    }
+
+    /// Ends what [`Lab::cut`], [`Lab::cut_one_way`] or [`Lab::set_loss`] did between the two, both ways.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn heal(&self, a: &str, b: &str, segment: &str) -> Result<()> {
+        self.set_loss(a, b, segment, 0.0)?;
+        self.set_loss(b, a, segment, 0.0)
+    }
+
+    /// Drops a share (0.0..=1.0) of what `from` sends to `to` on `segment`, at random.
+    ///
+    /// # Errors
+    /// The kernel refuses the filter.
+    pub fn set_loss(&self, from: &str, to: &str, segment: &str, share: f64) -> Result<()> {
+        // Both must be there, or the cut would silently cut nothing.
+        self.host(from).on(segment);
+        let port = self.host(to).on(segment).port;
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        let list = faults.entry((to.to_owned(), segment.to_owned())).or_default();
+        list.retain(|f| f.from != from);
+        if share > 0.0 {
+            let threshold = (share.min(1.0) * f64::from(u32::MAX)) as u32;
+            list.push(Fault { from: from.to_owned(), threshold });
+        }
+        let rules: Vec<DropRule> = list
+            .iter()
+            .map(|f| DropRule { mac: self.host(&f.from).on(segment).mac, threshold: f.threshold })
+            .collect();
+        let program = if rules.is_empty() { None } else { Some(load_drop_program(&rules)?) };
+        with_netlink(&self.switch, async |mut netlink| netlink.set_egress_filter(port, program).await)
+    }
+
+    /// The topology as it stands, for a reader: one line a host.
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        for (name, host) in &self.hosts {
+            let links: Vec<String> = host
+                .links
+                .iter()
+                .map(|l| {
+                    let addresses: Vec<String> =
+                        l.addresses.iter().map(|(a, p)| format!("{a}/{p}")).collect();
+                    format!("{} on {} ({}, {})", l.name, l.segment, addresses.join(", "), mac_string(l.mac))
+                })
+                .collect();
+            let _ = writeln!(text, "{name:<7} {}", links.join("; "));
+        }
+        text
+    }
+
+    /// Names of the segments.
+    pub fn segments(&self) -> &[String] {
+        &self.segments
+    }
+}
+
+impl Host {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.ns.name()
+    }
+
+    /// Its namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.ns
+    }
+
+    /// Its interface on `segment`.
+    ///
+    /// # Panics
+    /// When it has none there.
+    pub fn on(&self, segment: &str) -> &Interface {
+        self.links
+            .iter()
+            .find(|l| l.segment == segment)
+            .unwrap_or_else(|| panic!("host \"{}\" is not on segment \"{segment}\"", self.name()))
+    }
+
+    /// Its interfaces.
+    pub fn interfaces(&self) -> &[Interface] {
+        &self.links
+    }
+
+    /// Its IPv4 address on `segment`.
+    ///
+    /// # Panics
+    /// When it has none there.
+    pub fn v4(&self, segment: &str) -> IpAddr {
+        self.address(segment, IpAddr::is_ipv4)
+    }
+
+    /// Its IPv6 address on `segment`.
+    ///
+    /// # Panics
+    /// When it has none there.
+    pub fn v6(&self, segment: &str) -> IpAddr {
+        self.address(segment, IpAddr::is_ipv6)
+    }
+
+    fn address(&self, segment: &str, family: impl Fn(&IpAddr) -> bool) -> IpAddr {
+        let found = self.on(segment).addresses.iter().map(|(a, _)| *a).find(family);
+        found.unwrap_or_else(|| panic!("host \"{}\" lacks such an address on \"{segment}\"", self.name()))
+    }
+
+    /// Runs `f` on a thread inside the host and waits for it.
+    pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.ns.run(f)
+    }
+
+    /// Starts a thread inside the host.
+    pub fn spawn<R: Send + 'static>(
+        &self,
+        what: &str,
+        f: impl FnOnce() -> R + Send + 'static,
+    ) -> JoinHandle<R> {
+        self.ns.spawn(what, f)
+    }
+
+    /// Starts a process inside the host, its output appended to `log`.
+    ///
+    /// # Errors
+    /// The program or the log can't be opened.
+    pub fn start(&self, name: &str, command: Command, log: &Path) -> Result<Process> {
+        Process::spawn(&self.ns, name, command, log)
+    }
+
+    /// Sets an interface administratively up or down from inside, as `ip link set` would. Its IPv6 addresses and
+    /// routes go with it, as they do on a real host, and are put back when it comes up.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_link(&self, segment: &str, up: bool) -> Result<()> {
+        let link = self.on(segment);
+        with_netlink(&self.ns, async |netlink| {
+            netlink.set_up(link.index, up).await?;
+            if up {
+                for &(address, prefix) in link.addresses.iter().filter(|(a, _)| a.is_ipv6()) {
+                    // Still there when the kernel keeps addresses of links that are down.
+                    let _ = netlink.add_address(link.index, address, prefix).await;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Sets the MTU of an interface.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_mtu(&self, segment: &str, mtu: u32) -> Result<()> {
+        let index = self.on(segment).index;
+        with_netlink(&self.ns, async |netlink| netlink.set_mtu(index, mtu).await)
+    }
+
+    /// Adds an address, usable at once.
+    ///
+    /// # Errors
+    /// The kernel refuses, e.g. because it is there.
+    pub fn add_address(&self, segment: &str, address: IpAddr, prefix: u8) -> Result<()> {
+        let index = self.on(segment).index;
+        with_netlink(&self.ns, async |netlink| netlink.add_address(index, address, prefix).await)
+    }
+
+    /// Takes an address away.
+    ///
+    /// # Errors
+    /// The kernel refuses, e.g. because it isn't there.
+    pub fn remove_address(&self, segment: &str, address: IpAddr, prefix: u8) -> Result<()> {
+        let index = self.on(segment).index;
+        with_netlink(&self.ns, async |netlink| netlink.remove_address(index, address, prefix).await)
+    }
+
+    /// Adds a route.
+    ///
+    /// # Errors
+    /// The kernel refuses, e.g. because the gateway is not on a connected network.
+    pub fn add_route(&self, route: RouteSpec) -> Result<()> {
+        with_netlink(&self.ns, async |netlink| netlink.add_route(route.to.0, route.to.1, route.via).await)
+    }
+
+    /// Takes a route away.
+    ///
+    /// # Errors
+    /// The kernel refuses, e.g. because it isn't there.
+    pub fn remove_route(&self, route: RouteSpec) -> Result<()> {
+        with_netlink(&self.ns, async |netlink| netlink.remove_route(route.to.0, route.to.1, route.via).await)
+    }
+
+    /// Writes a kernel setting under `/proc/sys/net`, e.g. `ipv4/ip_forward`.
+    ///
+    /// # Errors
+    /// There is no such setting, or `/proc/sys` is read-only here.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        crate::net::write_sysctl(&self.ns, key, value)
+    }
+}
+
+fn check_names(topology: &Topology) -> Result<()> {
+    let long = |what: &str, name: &str, most: usize| {
+        Err(LabError::Topology(format!("{what} name \"{name}\" is empty or longer than {most} characters")))
+    };
+    for segment in &topology.segments {
+        if segment.is_empty() || segment.len() > MAX_SEGMENT_NAME {
+            return long("segment", segment, MAX_SEGMENT_NAME);
+        }
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    for host in &topology.hosts {
+        if host.name.is_empty() || host.name.len() > MAX_HOST_NAME {
+            return long("host", &host.name, MAX_HOST_NAME);
+        }
+        if !seen.insert(&host.name) {
+            return Err(LabError::Topology(format!("two hosts are called \"{}\"", host.name)));
+        }
+        for link in &host.links {
+            if !topology.segments.contains(&link.segment) {
+                return Err(LabError::Unknown {
+                    what: "segment",
+                    name: link.segment.clone(),
+                    known: topology.segments.join(", "),
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Settings that must be in force before an interface appears.
+fn prepare(ns: &Namespace, host: &HostSpec) -> Result<()> {
+    let forward = if host.forwards { "1" } else { "0" };
+    ns.run(|| {
+        for which in ["all", "default"] {
+            write_sysctl_here(&format!("ipv6/conf/{which}/accept_dad"), "0")?;
+            write_sysctl_here(&format!("ipv6/conf/{which}/accept_ra"), "0")?;
+            // A link that goes down and up again finds its addresses as they were.
+            write_sysctl_here(&format!("ipv6/conf/{which}/keep_addr_on_down"), "1")?;
+            write_sysctl_here(&format!("ipv6/conf/{which}/forwarding"), forward)?;
+            write_sysctl_here(&format!("ipv4/conf/{which}/rp_filter"), "0")?;
+            if !host.loopback.is_empty() {
+                // The VIP on lo is nobody's business: answer only for addresses of the interface asked on, and
+                // never name the VIP in a request (arp(7); kernel ip-sysctl).
+                write_sysctl_here(&format!("ipv4/conf/{which}/arp_ignore"), "1")?;
+                write_sysctl_here(&format!("ipv4/conf/{which}/arp_announce"), "2")?;
+            }
+        }
+        // Set whatever it was: the first namespace's value is inherited.
+        write_sysctl_here("ipv4/ip_forward", forward)?;
+        // Failure tests provoke more ICMP errors than the default limit lets out.
+        write_sysctl_here("ipv4/icmp_ratelimit", "0")?;
+        write_sysctl_here("ipv6/icmp/ratelimit", "0")
+    })
+}
+
+async fn lay_cables(
+    netlink: Netlink,
+    topology: &Topology,
+    namespaces: &BTreeMap<String, Namespace>,
+) -> Result<BTreeMap<(String, String), u32>> {
+    let mut bridges = BTreeMap::new();
+    for segment in &topology.segments {
+        bridges.insert(segment.as_str(), netlink.add_bridge(segment).await?);
+    }
+    let mut ports = BTreeMap::new();
+    for host in &topology.hosts {
+        for link in &host.links {
+            let port = format!("{}.{}", host.name, link.segment);
+            netlink
+                .add_cable(&port, bridges[link.segment.as_str()], &link.interface, &namespaces[&host.name])
+                .await?;
+            ports.insert((host.name.clone(), link.segment.clone()), netlink.index(&port).await?);
+        }
+    }
+    Ok(ports)
+}
+
+async fn configure_host(
+    netlink: Netlink,
+    host: &HostSpec,
+    number: usize,
+    topology: &Topology,
+    ports: &BTreeMap<(String, String), u32>,
+) -> Result<Vec<Interface>> {
+    let lo = netlink.index("lo").await?;
+    netlink.set_up(lo, true).await?;
+    for &address in &host.loopback {
+        netlink.add_address(lo, address, if address.is_ipv4() { 32 } else { 128 }).await?;
+    }
+    let mut links = Vec::new();
+    for link in &host.links {
+        let index = netlink.index(&link.interface).await?;
+        let segment = topology.segments.iter().position(|s| *s == link.segment).unwrap_or_default();
+        // Readable in a capture: locally administered, segment, host.
+        let mac = [0x02, 0x6b, 0x6d, 0x00, segment as u8, number as u8 + 1];
+        netlink.configure(index, mac, link.mtu).await?;
+        netlink.set_up(index, true).await?;
+        for &(address, prefix) in &link.addresses {
+            netlink.add_address(index, address, prefix).await?;
+        }
+        links.push(Interface {
+            segment: link.segment.clone(),
+            name: link.interface.clone(),
+            index,
+            mac,
+            addresses: link.addresses.clone(),
+            port: ports[&(host.name.clone(), link.segment.clone())],
+        });
+    }
+    for route in &host.routes {
+        netlink.add_route(route.to.0, route.to.1, route.via).await?;
+    }
+    Ok(links)
+}
+
+/// `02:6b:6d:00:01:02`.
+pub fn mac_string(mac: [u8; 6]) -> String {
+    let [a, b, c, d, e, f] = mac;
+    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+}
+
+/// The one thing of a lab that outlives a crash: a directory. Its name says who made it, so that the next lab can tell
+/// whether the owner still lives.
+#[derive(Debug)]
+struct WorkDir {
+    path: PathBuf,
+    keep: AtomicU32,
+}
+
+const DIR_PREFIX: &str = "komainu-lab-";
+
+impl WorkDir {
+    fn create() -> Result<WorkDir> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let base = std::env::temp_dir();
+        remove_leftovers(&base);
+        let pid = std::process::id();
+        let started = start_time(pid).unwrap_or_default();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = base.join(format!("{DIR_PREFIX}{pid}-{started}-{number}"));
+        std::fs::create_dir(&path).map_err(|e| LabError::system(format!("make {}", path.display()), e))?;
+        Ok(WorkDir { path, keep: AtomicU32::new(0) })
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if self.keep.load(Ordering::Relaxed) == 0 {
+            let _ = std::fs::remove_dir_all(&self.path);
+        } else {
+            // A kept directory must not look like a leftover to the next lab.
+            let _ = std::fs::rename(&self.path, kept_path(&self.path));
+        }
+    }
+}
+
+/// Where a kept directory ends up.
+pub(crate) fn kept_path(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    path.with_file_name(format!("komainu-failed-{}", name.trim_start_matches(DIR_PREFIX)))
+}
+
+fn remove_leftovers(base: &Path) {
+    let Ok(entries) = std::fs::read_dir(base) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(DIR_PREFIX)) else { continue };
+        let mut parts = rest.split('-').map(str::parse::<u64>);
+        let (Some(Ok(pid)), Some(Ok(started)), Some(Ok(_)), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        // A process id is given out again; the start time tells the two apart.
+        if start_time(pid as u32) != Some(started) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// When a process started, in clock ticks since boot (proc_pid_stat(5), field 22); `None` when there is none.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is a name in parentheses that may hold spaces.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
