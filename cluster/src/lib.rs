@@ -4,4 +4,5 @@
 //! owns threads, sockets, disk and clock. `ARCHITECTURE.md` tells the three lives and names the files in order.
 
 pub mod api;
+pub mod state;
 pub mod time;
