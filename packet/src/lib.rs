@@ -4,11 +4,15 @@
 //! every renewal, compared with the clock for every packet), frames. What comes out: frames, counters, flows.
 //! This crate knows nothing of gRPC, tokio, Raft or the cluster crate.
 
+pub mod checksum;
 pub mod drops;
 pub mod engine;
+pub mod hash;
 pub mod lane;
 pub mod lease;
+pub mod maglev;
 pub mod neighbour;
 pub mod plan;
 pub mod tables;
 pub mod time;
+pub mod wire;
