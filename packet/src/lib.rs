@@ -12,6 +12,7 @@ pub mod lane;
 pub mod lease;
 pub mod maglev;
 pub mod neighbour;
+pub mod netlink;
 pub mod plan;
 pub mod tables;
 pub mod time;

@@ -3,6 +3,8 @@
 //! `af_packet` (user space) is the reference. `xdp` and `tc` (in the kernel) will implement the same trait with the same
 //! behaviour, so nothing outside this module may depend on which lane runs.
 
+pub mod af_packet;
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,6 +69,20 @@ pub trait Lane: Send + Sync {
 
     /// State of the interfaces that the lane uses.
     fn links(&self) -> Vec<LinkInfo>;
+
+    /// Whether the data path works, and if not, why: its thread has ended or is stuck, or an interface is gone. A link that
+    /// is merely down is told by [`Lane::links`].
+    ///
+    /// # Errors
+    /// The reason in a sentence, for the node's self-health.
+    fn forwarding(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Gateways of the service interface's default routes, the preferred one first, both families.
+    fn gateways(&self) -> Vec<IpAddr> {
+        Vec::new()
+    }
 
     /// Stops forwarding and announcing and gives everything back. Idempotent; returns when threads have ended.
     fn stop(&self);
