@@ -4,6 +4,7 @@
 //! every renewal, compared with the clock for every packet), frames. What comes out: frames, counters, flows.
 //! This crate knows nothing of gRPC, tokio, Raft or the cluster crate.
 
+pub mod announce;
 pub mod checksum;
 pub mod drops;
 pub mod engine;

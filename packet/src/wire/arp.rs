@@ -34,7 +34,8 @@ pub struct Packet<T> {
 impl<T: AsRef<[u8]>> Packet<T> {
     /// A view of `buffer`, which may hold padding after the packet.
     ///
-    /// # Errors `Truncated`; `BadField` when it is not for IPv4 over Ethernet.
+    /// # Errors
+    /// `Truncated`; `BadField` when it is not for IPv4 over Ethernet.
     pub fn new_checked(buffer: T) -> Result<Self, Malformed> {
         let data = buffer.as_ref();
         if data.len() < LEN {

@@ -70,7 +70,8 @@ impl<T: AsRef<[u8]>> Message<T> {
     /// A view of `buffer`, which ends where the message does. The checksum is not looked at, see
     /// [`checksum_ok`](Self::checksum_ok).
     ///
-    /// # Errors `Truncated`.
+    /// # Errors
+    /// `Truncated`.
     pub fn new_checked(buffer: T) -> Result<Self, Malformed> {
         if buffer.as_ref().len() < HEADER_LEN { Err(Malformed::Truncated) } else { Ok(Message { buffer }) }
     }
@@ -176,7 +177,8 @@ pub const MAX_QUOTE: usize = 576 - ipv4::MIN_HEADER_LEN - HEADER_LEN;
 impl<'a> Repr<'a> {
     /// Reads `data`, an ICMP message that ends where `data` does.
     ///
-    /// # Errors `Truncated`; `BadChecksum`; `BadField` for other types.
+    /// # Errors
+    /// `Truncated`; `BadChecksum`; `BadField` for other types.
     pub fn parse(data: &'a [u8]) -> Result<Repr<'a>, Malformed> {
         let message = Message::new_checked(data)?;
         if !message.checksum_ok() {

@@ -38,7 +38,8 @@ pub struct Packet<T> {
 impl<T: AsRef<[u8]>> Packet<T> {
     /// A view of `buffer`, which may hold padding after the packet.
     ///
-    /// # Errors `Truncated`, `BadVersion`, `BadHeaderLength`, `BadTotalLength`.
+    /// # Errors
+    /// `Truncated`, `BadVersion`, `BadHeaderLength`, `BadTotalLength`.
     pub fn new_checked(buffer: T) -> Result<Self, Malformed> {
         let packet = Packet::new_header(buffer)?;
         let total = usize::from(packet.total_len());
@@ -51,7 +52,8 @@ impl<T: AsRef<[u8]>> Packet<T> {
     /// A view of `buffer` that holds at least the header, as in a packet that an ICMP error quotes: the total length
     /// may lie beyond the buffer.
     ///
-    /// # Errors `Truncated`, `BadVersion`, `BadHeaderLength`.
+    /// # Errors
+    /// `Truncated`, `BadVersion`, `BadHeaderLength`.
     pub fn new_header(buffer: T) -> Result<Self, Malformed> {
         let data = buffer.as_ref();
         if data.len() < MIN_HEADER_LEN {

@@ -31,7 +31,8 @@ pub struct Packet<T> {
 impl<T: AsRef<[u8]>> Packet<T> {
     /// A view of `buffer`, which may hold padding after the packet.
     ///
-    /// # Errors `Truncated`, `BadVersion`, `BadTotalLength`, `Jumbogram`.
+    /// # Errors
+    /// `Truncated`, `BadVersion`, `BadTotalLength`, `Jumbogram`.
     pub fn new_checked(buffer: T) -> Result<Self, Malformed> {
         let packet = Packet::new_header(buffer)?;
         if packet.payload_len() == 0 && packet.next_header() == proto::HOP_BY_HOP {
@@ -45,7 +46,8 @@ impl<T: AsRef<[u8]>> Packet<T> {
 
     /// A view of `buffer` that holds at least the header, as in a packet that an ICMP error quotes.
     ///
-    /// # Errors `Truncated`, `BadVersion`.
+    /// # Errors
+    /// `Truncated`, `BadVersion`.
     pub fn new_header(buffer: T) -> Result<Self, Malformed> {
         if buffer.as_ref().len() < HEADER_LEN {
             return Err(Malformed::Truncated);
@@ -159,7 +161,8 @@ pub struct FragmentHeader {
 /// Walks the extension headers of `payload`, whose first is of the kind `next_header`. Ends behind the header of a
 /// later fragment: its payload has no headers.
 ///
-/// # Errors `Truncated`, `TooManyExtensions`, `SourceRouted`, and `TinyFragment` for a first fragment without the whole
+/// # Errors
+/// `Truncated`, `TooManyExtensions`, `SourceRouted`, and `TinyFragment` for a first fragment without the whole
 /// chain (RFC 7112).
 pub fn walk(next_header: u8, payload: &[u8]) -> Result<Walk, Malformed> {
     let mut walk = Walk { proto: next_header, offset: 0, fragment: None };

@@ -108,7 +108,8 @@ pub struct Segment<T> {
 impl<T: AsRef<[u8]>> Segment<T> {
     /// A view of `buffer`, which ends where the segment does.
     ///
-    /// # Errors `Truncated`, `BadHeaderLength`.
+    /// # Errors
+    /// `Truncated`, `BadHeaderLength`.
     pub fn new_checked(buffer: T) -> Result<Self, Malformed> {
         let len = buffer.as_ref().len();
         if len < MIN_HEADER_LEN {

@@ -25,7 +25,8 @@ pub struct Datagram<T> {
 impl<T: AsRef<[u8]>> Datagram<T> {
     /// A view of `buffer`, which may hold more than the datagram.
     ///
-    /// # Errors `Truncated`, `BadUdpLength`.
+    /// # Errors
+    /// `Truncated`, `BadUdpLength`.
     pub fn new_checked(buffer: T) -> Result<Self, Malformed> {
         let datagram = Datagram::new_header(buffer)?;
         let len = usize::from(datagram.len());
@@ -37,7 +38,8 @@ impl<T: AsRef<[u8]>> Datagram<T> {
 
     /// A view of `buffer` that holds at least the header, as in a fragment or a quoted packet.
     ///
-    /// # Errors `Truncated`.
+    /// # Errors
+    /// `Truncated`.
     pub fn new_header(buffer: T) -> Result<Self, Malformed> {
         if buffer.as_ref().len() < HEADER_LEN { Err(Malformed::Truncated) } else { Ok(Datagram { buffer }) }
     }
