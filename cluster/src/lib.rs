@@ -4,5 +4,11 @@
 //! owns threads, sockets, disk and clock. `ARCHITECTURE.md` tells the three lives and names the files in order.
 
 pub mod api;
+pub mod core;
+pub mod raft;
+pub mod seal;
+pub mod shell;
 pub mod state;
+pub mod store;
 pub mod time;
+pub mod timing;

@@ -71,7 +71,8 @@ impl Timing {
             return Err(TimingError {
                 field: "drift_ppm",
                 value: self.drift_ppm.to_string(),
-                reason: "a clock that runs half as fast again is no clock: choose less than 500000".to_owned(),
+                reason: "a clock that runs half as fast again is no clock: choose less than 500000"
+                    .to_owned(),
             });
         }
         if self.beat < MIN_BEAT {
@@ -114,7 +115,11 @@ impl Timing {
             );
         }
         if self.election_max > MAX_ELECTION {
-            return refuse("election_ms", self.election_max, format!("must be at most {} s", MAX_ELECTION.as_secs()));
+            return refuse(
+                "election_ms",
+                self.election_max,
+                format!("must be at most {} s", MAX_ELECTION.as_secs()),
+            );
         }
         Ok(())
     }

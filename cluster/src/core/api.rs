@@ -85,7 +85,9 @@ pub enum Failure {
         leader: Option<NodeId>,
     },
     /// The cluster is being formed for the first time.
-    #[error("the cluster is not formed yet: {present} of {configured} configured nodes are members, a majority is needed")]
+    #[error(
+        "the cluster is not formed yet: {present} of {configured} configured nodes are members, a majority is needed"
+    )]
     NotFormed {
         /// Members that vote.
         present: usize,

@@ -1,0 +1,246 @@
+//! The node's hands on its cluster layer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use komainu_proto::domain::NodeId;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+
+use super::View;
+use crate::api::{NodeIdentity, Observation, SelfHealth};
+use crate::core::{Failure, Request};
+use crate::state::{Change, Command, Outcome, ProposalId, Refusal};
+
+/// How long a proposal is tried before it is given up: several failovers fit.
+const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long to wait before a proposal is tried again: half an election.
+const RETRY: Duration = Duration::from_millis(60);
+/// How long a query to another node may take.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why a change was not made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProposeError {
+    /// The cluster has looked at it and said no; nothing has changed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// There is no leader, so nothing can be agreed. Nothing has changed.
+    #[error(
+        "the cluster has no leader: a majority of its nodes is not reachable from here; try again when it is"
+    )]
+    NoLeader,
+    /// No answer in time. It may have been made: look at the state before trying again.
+    #[error("no answer from the leader within {} s; the change may have been made: look before trying again", PROPOSE_TIMEOUT.as_secs())]
+    Timeout,
+    /// It can't be done as things are.
+    #[error("{0}")]
+    Impossible(String),
+    /// This node is stopping.
+    #[error("this node is stopping")]
+    Stopping,
+}
+
+/// Why a query was not answered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueryError {
+    /// Nobody has this id.
+    #[error("node {}: there is no such node", .0.0)]
+    UnknownNode(NodeId),
+    /// It can't be reached.
+    #[error("node {}: {reason}", node.0)]
+    Unreachable {
+        /// Which node.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the handle asks the threads to do. The shell implements it; tests of callers can, too.
+pub(crate) trait Backstage: Send + Sync {
+    /// Makes a request of this node's own core.
+    fn request(&self, request: Request, answer: oneshot::Sender<Result<Outcome, Failure>>);
+    /// Makes a request of another node's core.
+    fn forward(
+        &self,
+        to: NodeId,
+        request: Request,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Outcome, Failure>> + Send + '_>>;
+    /// Asks another node's query handler, or this one's.
+    fn query(
+        &self,
+        to: NodeId,
+        request: Bytes,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes, QueryError>> + Send + '_>>;
+    fn observe(&self, observations: Vec<Observation>);
+    fn set_self_health(&self, health: SelfHealth);
+    /// The view at this moment.
+    fn live(&self) -> View;
+    /// The wall clock, ms since 1970.
+    fn wall_ms(&self) -> u64;
+    /// Hands over what this node owns and leads, then stops; done when the threads have ended.
+    fn shutdown(&self) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// The cluster layer of this node. Clones are handles on the same one.
+#[derive(Clone)]
+pub struct ClusterHandle {
+    backstage: Arc<dyn Backstage>,
+    view: watch::Receiver<Arc<View>>,
+    session: u64,
+    sequence: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for ClusterHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClusterHandle").field("session", &self.session).finish_non_exhaustive()
+    }
+}
+
+impl ClusterHandle {
+    /// `session` is a random number of this process.
+    pub(crate) fn new(backstage: Arc<dyn Backstage>, view: watch::Receiver<Arc<View>>, session: u64) -> Self {
+        ClusterHandle { backstage, view, session, sequence: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// Has the cluster make a change, whoever leads it. Tried again over changes of leader, and never made twice.
+    /// When this returns, the change is committed; this node's own view may follow a moment later.
+    ///
+    /// `who` is the operator's identity for the audit log.
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn propose(&self, change: Change, who: &str) -> Result<Outcome, ProposeError> {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        let id = Some(ProposalId { session: self.session, sequence });
+        let command = Command { id, who: who.to_owned(), wall_ms: self.backstage.wall_ms(), change };
+        self.request(Request::Command(Box::new(command))).await
+    }
+
+    /// Moves a group to another node, `to` or the director's choice, and returns when that is agreed; the hand-over
+    /// itself shows in the view ([`crate::state::GroupState::owner`]).
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn switchover(
+        &self,
+        group: &str,
+        to: Option<NodeId>,
+        who: &str,
+    ) -> Result<Outcome, ProposeError> {
+        self.propose(Change::Switchover { group: group.to_owned(), to }, who).await
+    }
+
+    /// Admits a node that isn't in the leader's node file.
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn join(&self, node: NodeIdentity) -> Result<Outcome, ProposeError> {
+        self.request(Request::Join(node)).await
+    }
+
+    /// Removes a node from the cluster; its groups are moved away first.
+    ///
+    /// # Errors
+    /// See [`ProposeError`].
+    pub async fn leave(&self, node: NodeId) -> Result<Outcome, ProposeError> {
+        self.request(Request::Leave(node)).await
+    }
+
+    /// What this node knows of the cluster. Changes with the state, the leader, and whoever comes or goes; the durations
+    /// in it are as old as [`View::at`].
+    pub fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.view.clone()
+    }
+
+    /// The view with its durations as they are now.
+    pub fn live(&self) -> View {
+        self.backstage.live()
+    }
+
+    /// Tells what this node's checks see: all observations at every call, or only those that changed.
+    pub fn observe(&self, observations: Vec<Observation>) {
+        self.backstage.observe(observations);
+    }
+
+    /// Tells what this node knows of its own fitness.
+    pub fn set_self_health(&self, health: SelfHealth) {
+        self.backstage.set_self_health(health);
+    }
+
+    /// Asks a node's [`super::QueryHandler`], this node's own included.
+    ///
+    /// # Errors
+    /// There is no such node, or it did not answer.
+    pub async fn query(&self, node: NodeId, request: Bytes) -> Result<Bytes, QueryError> {
+        match tokio::time::timeout(QUERY_TIMEOUT, self.backstage.query(node, request)).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let reason = format!("no answer within {} s", QUERY_TIMEOUT.as_secs());
+                Err(QueryError::Unreachable { node, reason })
+            }
+        }
+    }
+
+    /// Hands over what this node owns and leads, then stops. Returns when the threads have ended. Idempotent.
+    pub async fn shutdown(&self) {
+        self.backstage.shutdown().await;
+    }
+
+    async fn request(&self, request: Request) -> Result<Outcome, ProposeError> {
+        let deadline = Instant::now() + PROPOSE_TIMEOUT;
+        let mut last = ProposeError::NoLeader;
+        let mut leader = None;
+        loop {
+            let attempt = async {
+                match leader {
+                    None => self.request_here(request.clone()).await,
+                    Some(node) => self.backstage.forward(node, request.clone()).await,
+                }
+            };
+            let answer = match tokio::time::timeout_at(deadline, attempt).await {
+                Ok(answer) => answer,
+                Err(_) => return Err(ProposeError::Timeout),
+            };
+            let asked = leader;
+            match answer {
+                Ok(outcome) => return Ok(outcome),
+                Err(Failure::Refused(refusal)) => return Err(ProposeError::Refused(refusal)),
+                Err(Failure::Impossible(reason)) => return Err(ProposeError::Impossible(reason)),
+                Err(Failure::NotLeader { leader: known }) => {
+                    // Whoever was asked may know better; but never ask the same one twice in a row without a pause.
+                    leader = known.filter(|&n| Some(n) != asked && n != self.view.borrow().node.id);
+                    if leader.is_some() && asked.is_none() {
+                        continue;
+                    }
+                    leader = None;
+                }
+                Err(failure @ Failure::NotFormed { .. }) => {
+                    last = ProposeError::Impossible(failure.to_string());
+                    leader = None;
+                }
+                Err(Failure::Lost) => {
+                    last = ProposeError::Timeout;
+                    leader = None;
+                }
+                Err(Failure::Busy) => leader = None,
+            }
+            if self.view.has_changed().is_err() {
+                return Err(ProposeError::Stopping);
+            }
+            if Instant::now() + RETRY >= deadline {
+                return Err(last);
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    async fn request_here(&self, request: Request) -> Result<Outcome, Failure> {
+        let (answer, result) = oneshot::channel();
+        self.backstage.request(request, answer);
+        result.await.unwrap_or(Err(Failure::Lost))
+    }
+}

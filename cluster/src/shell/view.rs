@@ -1,0 +1,106 @@
+//! What a node shows of the cluster.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use komainu_proto::domain::{GroupId, NodeId};
+
+use crate::api::{NodeIdentity, SelfHealth};
+use crate::state::State;
+use crate::time::Instant;
+
+/// What this node knows of the cluster at one moment. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The replicated state as far as this node has applied it.
+    pub state: Arc<State>,
+    /// This node.
+    pub node: NodeIdentity,
+    /// This node's Raft id; 0 before its store has one.
+    pub raft_id: u64,
+    /// Who leads, as far as this node knows.
+    pub leader: Option<NodeId>,
+    /// Raft's term.
+    pub term: u64,
+    /// Whether this node has a vote.
+    pub voter: bool,
+    /// Every node that is a member or stands in the node file, by id.
+    pub members: Vec<MemberView>,
+    /// Leases that this node holds, and on the leader those that it has granted, by group.
+    pub leases: Vec<LeaseView>,
+    /// What decides who owns a group.
+    pub quorum: Quorum,
+    /// Whether this node goes on alone in a pair. Always `false` until pairs without a witness are supported.
+    pub solo: bool,
+    /// What operators should know: a store set aside, a disk that is full, a real-time priority that was refused.
+    pub notes: Vec<String>,
+    /// The moment that the durations count from, on this node's clock.
+    pub at: Instant,
+}
+
+/// A node as another one sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberView {
+    /// Who it is: as the cluster knows it, or as the node file and its beats say.
+    pub node: NodeIdentity,
+    /// Its Raft id; absent when it is no member.
+    pub raft_id: Option<u64>,
+    /// Whether it has a vote.
+    pub voter: bool,
+    /// Whether a beat of it came recently; always `true` for this node itself.
+    pub alive: bool,
+    /// Time since its newest beat; zero for this node itself; absent before the first.
+    pub since_beat: Option<Duration>,
+    /// Version of its program; empty before the first beat.
+    pub version: String,
+    /// What it says of its fitness to own a group; absent before the first beat.
+    pub health: Option<SelfHealth>,
+}
+
+/// A lease as this node knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseView {
+    /// Which group.
+    pub group: GroupId,
+    /// Who holds it.
+    pub node: NodeId,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Time left.
+    pub left: Duration,
+}
+
+/// What decides who owns a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quorum {
+    /// Three voters or more: never two owners.
+    Witness,
+    /// Two voters that each go on alone when the other is silent.
+    PairAvailability,
+    /// Two voters that wait for an operator when the other is silent.
+    PairSafety,
+    /// One voter.
+    Single,
+}
+
+impl Quorum {
+    /// The word used in CLI, JSON and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Quorum::Witness => "witness",
+            Quorum::PairAvailability => "pair-availability",
+            Quorum::PairSafety => "pair-safety",
+            Quorum::Single => "single",
+        }
+    }
+
+    /// The quorum of this many voters. Until pairs without a witness are supported, two voters wait for each other:
+    /// what `safety` promises.
+    pub fn of(voters: usize) -> Quorum {
+        match voters {
+            0 | 1 => Quorum::Single,
+            2 => Quorum::PairSafety,
+            _ => Quorum::Witness,
+        }
+    }
+}
