@@ -5,7 +5,14 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 use komainu_lab::topology::{CLUSTER, SERVICE};
-use komainu_lab::{Lab, Standard};
+use komainu_lab::traffic::http;
+use komainu_lab::traffic::pinger::Pingers;
+use komainu_lab::traffic::server::{Listen, Server};
+use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
+use komainu_lab::watch::Watch;
+use komainu_lab::{Lab, Standard, addr};
+
+const LIMIT: Duration = Duration::from_secs(20);
 
 const SHORT: Duration = Duration::from_millis(60);
 
@@ -122,4 +129,87 @@ fn clients_behind_the_router_reach_the_service_segment() {
         here.read_exact(&mut buf).unwrap();
         assert_eq!(&buf, b"hello");
     }
+}
+
+#[test]
+fn servers_and_clients_count_what_they_see() {
+    let lab = Lab::build(&Standard::default().topology()).unwrap();
+    let host = lab.host("be1");
+    for ip in [host.v4(SERVICE), host.v6(SERVICE)] {
+        let at = |port| SocketAddr::new(ip, port);
+        let listens = [Listen::Http(at(80)), Listen::TcpEcho(at(7)), Listen::UdpEcho(at(7))];
+        let mut server = Server::start(host, "be1", &listens).unwrap();
+        let client = lab.host("client");
+
+        let tally = http::requests(client, at(80), 5, LIMIT);
+        assert_eq!((tally.of("be1"), tally.failed), (5, 0), "{tally:?}");
+        assert_eq!(server.counts().requests, 5);
+        client.run(|| http::download(at(80), 5_000_001, LIMIT)).unwrap();
+        assert_eq!(client.run(|| http::get(at(80), "/healthz", LIMIT)).unwrap().status, 200);
+        server.set_healthy(false);
+        assert_eq!(client.run(|| http::get(at(80), "/healthz", LIMIT)).unwrap().status, 503);
+
+        let pingers = Pingers::start(client, at(7), 2, Duration::from_millis(5), LIMIT).unwrap();
+        let stream =
+            UdpStream::start(client, at(7), StreamSpec { flows: 3, ..StreamSpec::default() }).unwrap();
+        assert!(stream.wait_answered(50, LIMIT) && pingers.wait_answered(5, LIMIT));
+        server.kill();
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(pingers.wait_answered(1, LIMIT));
+        assert!(pingers.stop().iter().all(|c| c.backend == "be1" && c.broken.is_some()));
+        server.restart().unwrap();
+        assert!(stream.wait_answered(50, LIMIT));
+        let report = stream.stop();
+        assert_eq!(report.per_backend.keys().collect::<Vec<_>>(), ["be1"]);
+        assert!(report.lost() > 0 && report.longest_gap() >= Duration::from_millis(40), "{report:?}");
+    }
+}
+
+#[test]
+fn the_wire_listener_tells_who_answers_and_backends_keep_the_vip_on_lo_to_themselves() {
+    let lab = Lab::build(&Standard::default().topology()).unwrap();
+    let vips = addr::service(addr::VIP);
+    let watch = Watch::start(&lab, &vips, Duration::from_millis(2)).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(watch.log().claims.is_empty(), "{:?}", watch.log().claims);
+
+    let (v4, v6) = (vips[0], vips[1]);
+    let claims = |host: &str, vip| {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if watch.log().claims.iter().filter(|c| c.host == host && c.vip == vip).count() > 10 {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    };
+    lab.host("lb1").add_address(SERVICE, v4, 24).unwrap();
+    lab.host("lb1").add_address(SERVICE, v6, 64).unwrap();
+    assert!(claims("lb1", v4) && claims("lb1", v6));
+    watch.log().assert_one_owner();
+    lab.host("lb2").add_address(SERVICE, v4, 24).unwrap();
+    assert!(claims("lb2", v4));
+    assert!(watch.stop().two_owners_ms() > 0, "two hosts with one address were not noticed");
+}
+
+#[test]
+fn a_process_in_a_host_sees_that_host_and_dies_with_the_lab() {
+    let lab = Lab::build(&Standard::default().topology()).unwrap();
+    let log = lab.dir().join("sh.log");
+    let mut command = std::process::Command::new("/bin/sh");
+    command.args(["-c", "cat /proc/net/fib_trie; exec sleep 1000"]);
+    let process = lab.host("be2").start("sh", command, &log).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while !std::fs::read_to_string(&log).unwrap().contains("192.0.2.12") {
+        assert!(Instant::now() < deadline, "{}", std::fs::read_to_string(&log).unwrap());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let alive = format!("/proc/{}", process.pid());
+    assert!(std::fs::exists(&alive).unwrap());
+    drop(process);
+    assert!(!std::fs::exists(&alive).unwrap());
+    let dir = lab.dir().to_owned();
+    drop(lab);
+    assert!(!dir.exists());
 }

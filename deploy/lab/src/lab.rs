@@ -211,9 +211,21 @@ impl Lab {
         text
     }
 
+    /// The namespace that all switches stand in.
+    pub(crate) fn switch(&self) -> &Namespace {
+        &self.switch
+    }
+
     /// Names of the segments.
     pub fn segments(&self) -> &[String] {
         &self.segments
+    }
+}
+
+impl Interface {
+    /// Index of the switch port on the other end, in the switches' namespace.
+    pub(crate) fn port_index(&self) -> u32 {
+        self.port
     }
 }
 

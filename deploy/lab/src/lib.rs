@@ -16,8 +16,12 @@ pub mod error;
 mod lab;
 mod net;
 pub mod netns;
+pub mod pcap;
 pub mod process;
+mod tap;
 pub mod topology;
+pub mod traffic;
+pub mod watch;
 
 pub use error::{LabError, Result};
 pub use lab::{Host, Interface, Lab, mac_string};

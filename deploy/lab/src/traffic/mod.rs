@@ -1,0 +1,17 @@
+//! Real servers and real clients, over the kernel's own TCP/IP, that count what they see.
+
+pub mod http;
+pub mod pattern;
+pub mod pinger;
+pub mod server;
+pub mod stream;
+
+/// Asks for a real-time priority for the calling thread, so that what it measures is the network and not its own wait
+/// for a processor. Without permission it stays as it is.
+pub(crate) fn hurry() {
+    let param = libc::sched_param { sched_priority: 5 };
+    // SAFETY: the call reads the struct and changes the calling thread's scheduling, nothing else.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param);
+    }
+}
