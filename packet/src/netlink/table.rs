@@ -76,8 +76,11 @@ pub struct Routes {
 /// handful of hash probes whatever the number of routes.
 #[derive(Clone, Debug, Default)]
 struct Family {
-    by_len: Vec<(u8, HashMap<u128, (u32, Via)>)>,
+    by_len: Vec<(u8, Networks)>,
 }
+
+/// Routes of one prefix length: metric and way, by the network's bits.
+type Networks = HashMap<u128, (u32, Via)>;
 
 impl Routes {
     /// Builds the table. Among routes to the same network the lowest metric wins, the first of equals.
@@ -100,7 +103,7 @@ impl Routes {
             let slot = match at {
                 Ok(i) => i,
                 Err(i) => {
-                    family.by_len.insert(i, (route.prefix_len, HashMap::new()));
+                    family.by_len.insert(i, (route.prefix_len, Networks::new()));
                     i
                 }
             };

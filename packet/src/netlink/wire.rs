@@ -59,12 +59,12 @@ pub enum Change {
 /// As socket(2), bind(2).
 pub fn subscribe() -> io::Result<Socket> {
     const GROUPS: [u32; 6] = [
-        libc::RTNLGRP_LINK as u32,
-        libc::RTNLGRP_NEIGH as u32,
-        libc::RTNLGRP_IPV4_IFADDR as u32,
-        libc::RTNLGRP_IPV6_IFADDR as u32,
-        libc::RTNLGRP_IPV4_ROUTE as u32,
-        libc::RTNLGRP_IPV6_ROUTE as u32,
+        libc::RTNLGRP_LINK,
+        libc::RTNLGRP_NEIGH,
+        libc::RTNLGRP_IPV4_IFADDR,
+        libc::RTNLGRP_IPV6_IFADDR,
+        libc::RTNLGRP_IPV4_ROUTE,
+        libc::RTNLGRP_IPV6_ROUTE,
     ];
     let mut socket = Socket::new(NETLINK_ROUTE)?;
     socket.bind_auto()?;

@@ -1,6 +1,7 @@
 //! What other threads tell and ask the engine's thread.
 
-use std::net::SocketAddr;
+use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -26,6 +27,8 @@ pub enum Command {
         tables: Arc<Tables>,
         /// What to let through to the ring.
         interest: Interest,
+        /// Addresses that are next hops for others (inside VIPs).
+        routers: HashSet<IpAddr>,
         /// Where the answer goes.
         answer: Sender<Result<(), LaneError>>,
     },

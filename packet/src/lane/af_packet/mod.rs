@@ -9,6 +9,7 @@
 //! | `batch` | frames on their way out, and the last look at the lease |
 //! | `park` | frames that wait for a neighbour |
 //! | `hops` | the engine's view of routes and neighbours |
+//! | `announce` | announcements under way, by port |
 //! | `membership` | solicited-node groups |
 //! | `command`, `run` | the engine's thread and how others talk to it |
 //! | `check` | is the machine fit? |
@@ -17,6 +18,7 @@
 //! A machine that is paused *within* that call sends the rest of the batch, at most 64 frames, when it goes on.
 //! Announcements and answers to ARP/ND are not among them unless they were in that very batch.
 
+mod announce;
 mod batch;
 mod check;
 mod command;
@@ -221,6 +223,7 @@ fn worker(
         park: park::Park::default(),
         batch: batch::Batch::default(),
         memberships: membership::Memberships::default(),
+        announcements: announce::Announcements::default(),
         stats: run::Stats::default(),
         complained_at: None,
         reopen_at: None,
@@ -240,11 +243,12 @@ impl Lane for AfPacketLane {
         let mut tables = lock(&self.tables);
         let revision = plan.revision;
         let interest = Interest::of(&plan);
+        let routers = plan.groups.iter().flat_map(|g| g.inside_vips.iter().copied()).collect();
         let compiled = engine::compile(plan, Some(&tables))
             .map_err(|e| LaneError::Plan { revision, reason: e.to_string() })?;
         let compiled = Arc::new(compiled);
         let (answer, answered) = bounded(1);
-        let command = Command::Install { tables: Arc::clone(&compiled), interest, answer };
+        let command = Command::Install { tables: Arc::clone(&compiled), interest, routers, answer };
         let gone = || LaneError::System {
             doing: format!("put the plan at revision {revision} in force"),
             source: std::io::Error::other("the lane's thread has ended"),

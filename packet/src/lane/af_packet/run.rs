@@ -5,6 +5,8 @@
 //! other without a pause while there are frames; otherwise the thread sleeps until a frame, a command, news of the kernel or
 //! a deadline.
 
+use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +16,7 @@ use crossbeam_channel::Receiver;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 
+use super::announce::Announcements;
 use super::batch::{Batch, MAX_BATCH, Sockets};
 use super::command::{Command, Shared};
 use super::filter::Interest;
@@ -23,7 +26,7 @@ use super::offload::{self, VNET_HDR_LEN};
 use super::park::{Park, Parked};
 use super::socket::PacketSocket;
 use crate::drops::Reason;
-use crate::engine::{Engine, Fence, FrameMut, Port, PortConfig, Verdict};
+use crate::engine::{Engine, FrameMut, Port, PortConfig, Verdict};
 use crate::lane::{Counters, LaneError};
 use crate::netlink;
 use crate::tables::Tables;
@@ -55,6 +58,7 @@ pub struct Worker {
     pub(super) park: Park,
     pub(super) batch: Batch,
     pub(super) memberships: Memberships,
+    pub(super) announcements: Announcements,
     pub(super) stats: Stats,
     pub(super) complained_at: Option<BootTime>,
     pub(super) reopen_at: Option<BootTime>,
@@ -103,6 +107,7 @@ impl Worker {
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command, now);
         }
+        self.announcements.take_requests(&self.shared, now);
         if self.net.generation() != self.hops.snapshot().generation
             || self.reopen_at.is_some_and(|t| t <= now)
         {
@@ -118,14 +123,29 @@ impl Worker {
         if self.engine.next_deadline().is_some_and(|t| t <= now) {
             self.engine.tick(now);
         }
+        self.announce(now);
         self.flush();
+    }
+
+    /// Adds the announcements that are due to the batch.
+    fn announce(&mut self, now: BootTime) {
+        while let Some(claim) = self.engine.poll_claim() {
+            self.announcements.defend(&claim, now);
+        }
+        let (engine, batch) = (&self.engine, &mut self.batch);
+        self.announcements.due(
+            now,
+            &self.shared.leases,
+            |port| engine.port(port).map(|p| p.mac),
+            |port, fence, frame| batch.push_frame(&frame, port, fence),
+        );
     }
 
     fn obey(&mut self, command: Command, now: BootTime) {
         // Whoever asked may have given up waiting: then nobody reads the answer.
         match command {
-            Command::Install { tables, interest, answer } => {
-                let _ = answer.send(self.install(tables, interest, now));
+            Command::Install { tables, interest, routers, answer } => {
+                let _ = answer.send(self.install(tables, interest, routers, now));
             }
             Command::Counters(answer) => {
                 let _ = answer.send(self.counters(now));
@@ -140,7 +160,13 @@ impl Worker {
     }
 
     /// Filter for both plans, tables, filter for the new plan: at no moment is a frame lost that either plan wants.
-    fn install(&mut self, tables: Arc<Tables>, interest: Interest, now: BootTime) -> Result<(), LaneError> {
+    fn install(
+        &mut self,
+        tables: Arc<Tables>,
+        interest: Interest,
+        routers: HashSet<IpAddr>,
+        now: BootTime,
+    ) -> Result<(), LaneError> {
         let both = self.interest.union(&interest).program();
         for socket in self.sockets.iter().flatten() {
             socket.set_filter(both.clone()).map_err(|source| LaneError::System {
@@ -158,6 +184,7 @@ impl Worker {
             }
         }
         self.join_groups();
+        self.announcements.set_addresses(self.engine.owned(), routers, now);
         self.shared.revision.store(revision, Ordering::SeqCst);
         Ok(())
     }
@@ -326,11 +353,16 @@ impl Worker {
     /// Sleeps until there is something to do.
     fn sleep(&mut self) {
         let now = BootTime::now();
-        let deadline = [self.engine.next_deadline(), self.park.next_deadline(), self.reopen_at]
-            .into_iter()
-            .flatten()
-            .min()
-            .map_or(LONGEST_SLEEP, |t| t.since(now).min(LONGEST_SLEEP));
+        let deadline = [
+            self.engine.next_deadline(),
+            self.park.next_deadline(),
+            self.announcements.next_deadline(),
+            self.reopen_at,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+        .map_or(LONGEST_SLEEP, |t| t.since(now).min(LONGEST_SLEEP));
         let mut fds = Vec::with_capacity(2 + Port::COUNT);
         fds.push(PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN));
         fds.push(PollFd::new(self.net.published(), PollFlags::POLLIN));
@@ -360,6 +392,7 @@ impl Worker {
         counters.drops.push(("ring_full", self.stats.ring_full_before + open));
         counters.drops.push(("truncated", self.stats.truncated));
         counters.events.push(("frames_sent", self.stats.sent));
+        counters.events.push(("announcements_sent", self.announcements.sent()));
         counters
     }
 }
@@ -387,9 +420,4 @@ pub fn port_config(link: &netlink::Link, snapshot: &netlink::Snapshot) -> PortCo
         mtu: link.mtu,
         addresses: snapshot.addresses_of(link.index),
     }
-}
-
-/// A fence for announcements of a group.
-pub fn answer_fence(group: u32) -> Fence {
-    Fence { group, permission: crate::engine::Permission::Answer }
 }
