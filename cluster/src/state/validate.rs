@@ -5,9 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::net::IpAddr;
 
-use komainu_proto::domain::{
-    Backend, CheckType, Document, Group, HealthCheck, Mode, NodeId, Protocol, Service,
-};
+use komainu_proto::domain::{Backend, Document, Group, HealthCheck, Mode, NodeId, Protocol, Service};
 
 use super::document::{group_addresses, renamed_groups};
 use super::{
@@ -22,9 +20,6 @@ const MAX_CHECK_TEXT_LEN: usize = 1024;
 const MAX_WEIGHT: u32 = 1000;
 /// Modes that this version can forward.
 const MODES: &str = "nat, nat-transparent or dsr";
-/// Checks that this version can make.
-const CHECKS: [CheckType; 5] =
-    [CheckType::Tcp, CheckType::Http, CheckType::Https, CheckType::Icmp, CheckType::None];
 
 /// What a document is judged against, beside itself.
 #[derive(Clone, Debug, Default)]
@@ -374,10 +369,6 @@ impl Validator<'_> {
 
     fn health(&mut self, path: &str, service: &Service) {
         let h: &HealthCheck = &service.health;
-        if !CHECKS.contains(&h.kind) {
-            let action = "use tcp, http, https, icmp or none";
-            self.refuse(&format!("{path}.type"), h.kind, "this version can't check so yet", action);
-        }
         if h.port == Some(0) {
             self.port(&format!("{path}.port"), 0);
         }

@@ -30,6 +30,8 @@ const BUNDLES: &[&str] = &[
 /// Where the roots for verified checks come from.
 #[derive(Clone, Debug)]
 pub(super) enum RootSource {
+    /// Nowhere: such checks fail.
+    None,
     /// The file that `SSL_CERT_FILE` names, else the first of the bundles that exists.
     System,
     /// One file.
@@ -99,6 +101,7 @@ fn without_port(host: &str) -> &str {
 
 fn read_roots(source: &RootSource) -> Result<RootCertStore, String> {
     let file = match source {
+        RootSource::None => return Err("no root certificates were read".to_owned()),
         RootSource::File(file) => file.clone(),
         RootSource::System => std::env::var_os("SSL_CERT_FILE")
             .map(PathBuf::from)
