@@ -33,6 +33,8 @@ pub mod tcp;
 pub mod udp;
 
 mod pretty;
+#[cfg(test)]
+mod tests;
 
 pub use dissect::{Dissected, Fragment, IpInfo, Net, Transport, dissect};
 pub use ethernet::EtherType;
