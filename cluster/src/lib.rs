@@ -5,6 +5,8 @@
 
 pub mod api;
 pub mod core;
+pub mod director;
+pub mod pulse;
 pub mod raft;
 pub mod seal;
 pub mod shell;

@@ -1,17 +1,490 @@
 //! The whole node as one synchronous machine, without socket, clock, task, disk or randomness of its own.
 //!
-//! Two parts, because one of them must never wait: [`crate::pulse::Pulse`] (beats, leases, promises) belongs to the beat
-//! thread, [`Core`] (Raft, ownership decisions, membership) to the Raft thread, and whatever both need goes through the
-//! `Mutex<Pulse>` that the Raft thread holds while it calls `Core`, never across I/O.
+//! Two parts, because one of them must never wait: [`Pulse`] (beats, leases, promises) belongs to the beat thread,
+//! [`Core`] (Raft, ownership decisions, membership) to the Raft thread. What both need is in `Pulse`, behind a mutex
+//! ([`Core::pulse`]) that `Core` takes for moments only and never while it encodes, applies or waits.
 //!
 //! ```text
-//! beat thread:  lock { handle_beat / handle_timeout / set_* ; drain poll_output } -> lane, UDP
-//! Raft thread:  lock { core.handle_*(&mut pulse, …) ; drain pulse.poll_output } -> lane
-//!               drain core.poll_output -> UDP, gRPC, store (fsync) -> core.handle_persisted(&mut pulse, n)
+//! beat thread:  lock { pulse.handle_* ; carry out each pulse.poll_output() } -> lane, UDP, "wake the Raft thread"
+//! Raft thread:  core.handle_* ; drain core.poll_output() -> UDP, gRPC, store (fsync) -> core.handle_persisted(n)
+//!               sleep until a message, a request, a wake-up from the beat thread (then core.handle_timeout), or
+//!               core.next_deadline()
 //! ```
 //!
-//! Outputs of `Pulse` that write leases are carried out before anything that `Core` puts out in the same call.
+//! After each call of `Core` the beat thread should be woken: what `Core` decided (a grant, a release) waits in `Pulse`.
+//!
+//! Order of calls in one round: `handle_*` and `request`, then [`Core::poll_output`] until it is empty, then
+//! [`Core::next_deadline`].
 
 mod api;
+mod apply;
+mod disk;
+mod duties;
+mod election;
+mod founding;
+mod membership;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use komainu_proto::domain::NodeId;
+use raft::eraftpb::{ConfState, HardState, Message, MessageType};
+use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use api::{Config, Failure, Now, Output, Peer, Request, Ticket, Via};
+
+use crate::director::Director;
+use crate::pulse::Pulse;
+use crate::raft::{Log, RaftId, Restored, SnapshotData};
+use crate::state::{DecodeError, State, Timers};
+use crate::time::Instant;
+use crate::timing::TimingError;
+use disk::Disk;
+use election::Election;
+use membership::Membership;
+
+/// Requests under way. Each holds its command in memory; an operator's tool that sends more than this at once is better
+/// told to wait.
+const MAX_REQUESTS: usize = 1024;
+/// Bytes of entries in one message: a document of usual size in one piece.
+const MAX_MESSAGE_BYTES: u64 = 1 << 20;
+/// Messages with entries that may be on their way to one follower.
+const MAX_IN_FLIGHT: usize = 64;
+/// Context by which `raft` marks votes asked for in a leadership transfer.
+const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
+
+/// Why a node can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Unsafe durations.
+    #[error(transparent)]
+    Timing(#[from] TimingError),
+    /// The store belongs to another node.
+    #[error(
+        "the store was made by node {stored}, this is node {configured}: point data_dir elsewhere or correct the id"
+    )]
+    OtherNode {
+        /// In the store.
+        stored: u64,
+        /// In the node file.
+        configured: u64,
+    },
+    /// The snapshot can't be read.
+    #[error("the store's snapshot can't be read: {0}")]
+    Snapshot(#[from] DecodeError),
+    /// `raft` refuses what the store holds.
+    #[error("the store contradicts itself: {0}")]
+    Raft(#[from] raft::Error),
+}
+
+/// See the [module documentation](self).
+pub struct Core {
+    config: Config,
+    me: RaftId,
+    pulse: Arc<Mutex<Pulse>>,
+    raft: RawNode<Log>,
+    state: Arc<State>,
+    conf: ConfState,
+    /// Cluster of the store; 0 while it is empty.
+    cluster: u64,
+    /// Term, vote and commit index as `raft` has them, and the part of it that was written.
+    hard_state: HardState,
+    disk: Disk,
+    election: Election,
+    /// Role and term that everything here was last told of.
+    seen: (StateRole, u64),
+    led_since: Instant,
+    /// First index of the own term while leading: once it is applied, all that came before is known.
+    term_start: u64,
+    next_tick: Instant,
+    requests: BTreeMap<u64, UnderWay>,
+    next_ticket: u64,
+    members: Membership,
+    director: Director,
+    timers: Timers,
+    timers_due: Option<Instant>,
+    verdicts_asked: BTreeMap<komainu_proto::domain::BackendId, (komainu_proto::domain::Health, Instant)>,
+    /// Whom leadership is being handed to, since when, and whether `MsgTimeoutNow` has left.
+    transfer: Option<(NodeId, Instant)>,
+    now: Now,
+    out: VecDeque<Output>,
+}
+
+/// A request whose entry is in the log at a known index.
+#[derive(Debug)]
+struct UnderWay {
+    ticket: Ticket,
+    term: u64,
+}
+
+// --- getters ---------------------------------------------------------------------------------------------------------
+
+impl Core {
+    /// Starts a node on what its store holds; `None` for an empty store.
+    ///
+    /// # Errors
+    /// The store is not this node's or can't be read, or the timing is unsafe.
+    pub fn start(config: Config, restored: Option<Restored>, now: Now) -> Result<Core, StartError> {
+        config.timing.validate()?;
+        let me = match &restored {
+            Some(r) if r.raft_id.node() != config.identity.id => {
+                return Err(StartError::OtherNode {
+                    stored: r.raft_id.node().0,
+                    configured: config.identity.id.0,
+                });
+            }
+            Some(r) => r.raft_id,
+            None => RaftId::new(config.identity.id, config.incarnation),
+        };
+        let (log, data) = match &restored {
+            Some(r) => (Log::restored(r), SnapshotData::decode(&r.snapshot.data)?),
+            None => (Log::new(), SnapshotData { cluster: 0, state: State::default() }),
+        };
+        let pulse = Pulse::new(&config, me, data.cluster, log.hard_state().term, now.at);
+        let election = Election::new(config.timing, config.identity.role, config.seed, now.at);
+        let applied = log.newest_snapshot().get_metadata().index;
+        let hard_state = log.hard_state().clone();
+        let raft = new_raft(me, log, applied)?;
+        let conf = raft.raft.prs().conf().to_conf_state();
+        let mut core = Core {
+            me,
+            pulse: Arc::new(Mutex::new(pulse)),
+            raft,
+            state: Arc::new(data.state),
+            conf,
+            cluster: data.cluster,
+            hard_state,
+            disk: Disk::default(),
+            election,
+            seen: (StateRole::Follower, 0),
+            led_since: now.at,
+            term_start: 0,
+            next_tick: now.at,
+            requests: BTreeMap::new(),
+            next_ticket: 0,
+            members: Membership::default(),
+            director: Director::default(),
+            timers: Timers::new(),
+            timers_due: None,
+            verdicts_asked: BTreeMap::new(),
+            transfer: None,
+            now,
+            out: VecDeque::new(),
+            config,
+        };
+        core.timers_due = core.timers.observe(&core.state, now.at, Some(now.wall_ms)).next;
+        core.tell_pulse(true);
+        core.settle();
+        Ok(core)
+    }
+
+    /// The part that the beat thread drives.
+    pub fn pulse(&self) -> Arc<Mutex<Pulse>> {
+        Arc::clone(&self.pulse)
+    }
+
+    /// The replicated state as far as it is applied here.
+    pub fn state(&self) -> &Arc<State> {
+        &self.state
+    }
+
+    /// This node's Raft id.
+    pub fn raft_id(&self) -> RaftId {
+        self.me
+    }
+
+    /// Whether this node leads.
+    pub fn is_leader(&self) -> bool {
+        self.raft.raft.state == StateRole::Leader
+    }
+
+    /// Raft's term.
+    pub fn term(&self) -> u64 {
+        self.raft.raft.term
+    }
+
+    /// The leader, as far as this node knows.
+    pub fn leader(&self) -> Option<NodeId> {
+        let id = self.raft.raft.leader_id;
+        if id != raft::INVALID_ID {
+            return Some(RaftId(id).node());
+        }
+        self.lock().leader().map(|(id, _)| id.node())
+    }
+
+    /// Raft ids that vote.
+    pub fn voters(&self) -> impl Iterator<Item = RaftId> + '_ {
+        self.conf.voters.iter().map(|id| RaftId(*id))
+    }
+
+    /// Whether the store is empty: this node belongs to no cluster yet.
+    pub fn is_empty(&self) -> bool {
+        self.cluster == 0
+    }
+
+    /// Index of the newest entry committed, as far as this node knows.
+    pub fn committed(&self) -> u64 {
+        self.raft.raft.raft_log.committed
+    }
+
+    /// What is left of a backend's drain, on this node's clock.
+    pub fn drain_left(
+        &self,
+        backend: komainu_proto::domain::BackendId,
+        now: Now,
+    ) -> Option<std::time::Duration> {
+        self.timers.drain_left(&self.state, backend, now.at)
+    }
+
+    /// Whether a node that was told to resign has nothing left that others could take over: it can be stopped.
+    pub fn has_resigned(&self) -> bool {
+        let pulse = self.lock();
+        let others = pulse.peers().any(|p| {
+            p.alive
+                && p.health.fit()
+                && !p.resigning
+                && p.identity.role == komainu_proto::domain::Role::Balancer
+        });
+        let owns = self.state.groups.iter().any(|g| g.owner == Some(self.me.node()));
+        let voters_left =
+            pulse.peers().any(|p| p.alive && !p.resigning && self.conf.voters.contains(&p.raft_id.0));
+        let holds = pulse.holds_anything(self.now.at);
+        (!owns && !holds || !others) && (!self.is_leader() || !voters_left)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pulse> {
+        lock(&self.pulse)
+    }
+
+    fn address_of(&self, node: NodeId) -> Option<SocketAddr> {
+        let member = self.state.members.iter().find(|m| m.node.id == node).map(|m| m.node.address);
+        let configured = self.config.peers.iter().find(|p| p.id == node).map(|p| p.address);
+        // The node file of this machine knows best how to reach another one from here.
+        configured.or(member).or_else(|| self.lock().peer(node).map(|p| p.identity.address))
+    }
+}
+
+fn lock(pulse: &Mutex<Pulse>) -> MutexGuard<'_, Pulse> {
+    pulse.lock().expect("whoever panicked with the lock has ended the process: a crash is a failover")
+}
+
+fn new_raft(me: RaftId, log: Log, applied: u64) -> raft::Result<RawNode<Log>> {
+    // Time is not `raft`'s here: campaigns are started by `Election`, and what `raft` counts in ticks is only the
+    // leader's heartbeats and its check for a quorum (a tick a beat).
+    const ELECTION_TICKS: usize = 8;
+    let config = raft::Config {
+        id: me.0,
+        election_tick: ELECTION_TICKS,
+        min_election_tick: ELECTION_TICKS,
+        max_election_tick: ELECTION_TICKS + 1,
+        heartbeat_tick: 1,
+        applied,
+        max_size_per_msg: MAX_MESSAGE_BYTES,
+        max_inflight_msgs: MAX_IN_FLIGHT,
+        check_quorum: true,
+        pre_vote: true,
+        ..raft::Config::default()
+    };
+    RawNode::new(&config, log, &crate::raft::logger::logger())
+}
+
+// --- handle ----------------------------------------------------------------------------------------------------------
+
+impl Core {
+    /// A Raft message has arrived.
+    pub fn handle_message(&mut self, message: Message, now: Now) {
+        self.now = now;
+        if message.to != self.me.0 || message.from == self.me.0 {
+            return;
+        }
+        match message.get_msg_type() {
+            MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => self.vote_asked(message),
+            MessageType::MsgRequestPreVoteResponse | MessageType::MsgTimeoutNow => self.may_campaign(message),
+            MessageType::MsgAppend
+            | MessageType::MsgAppendResponse
+            | MessageType::MsgRequestVoteResponse
+            | MessageType::MsgSnapshot
+            | MessageType::MsgHeartbeat
+            | MessageType::MsgHeartbeatResponse => self.step(message),
+            // Proposals and the like are forwarded by the shell, as requests with an answer.
+            _ => return,
+        }
+        self.settle();
+    }
+
+    /// The store has carried out every write up to `number`.
+    pub fn handle_persisted(&mut self, number: u64, now: Now) {
+        self.now = now;
+        let freed = self.disk.persisted(number);
+        if let Some(ready) = freed.ready {
+            self.raft.on_persist_ready(ready);
+            self.report_applied();
+        }
+        self.send(freed.messages);
+        self.settle();
+    }
+
+    /// A message of [`Via::Stream`] could not be delivered to a node.
+    pub fn handle_unreachable(&mut self, node: NodeId, now: Now) {
+        self.now = now;
+        let ids: Vec<u64> =
+            self.raft.raft.prs().iter().map(|(id, _)| *id).filter(|id| RaftId(*id).node() == node).collect();
+        for id in ids {
+            self.raft.report_unreachable(id);
+            self.raft.report_snapshot(id, SnapshotStatus::Failure);
+        }
+        self.settle();
+    }
+
+    /// Time has passed, or the beat thread has seen something that concerns this side ([`crate::pulse::Output::Prompt`]).
+    pub fn handle_timeout(&mut self, now: Now) {
+        let stalled = now.at.since(self.now.at) >= self.config.timing.election_min;
+        self.now = now;
+        if stalled {
+            // Whatever is in the sockets may prove that there is a leader.
+            self.election.postpone(now.at.after(self.config.timing.beat * 2));
+        }
+        if self.is_leader() {
+            self.lead_on();
+        } else {
+            self.maybe_campaign();
+        }
+        self.settle();
+    }
+
+    /// When [`Core::handle_timeout`] is to be called at the latest.
+    pub fn next_deadline(&self) -> Instant {
+        let mut next = if self.is_leader() {
+            self.next_tick
+        } else if self.raft.raft.promotable() {
+            let pulse = self.lock();
+            self.election.deadline(pulse.heard_leader_at()).max(pulse.promise_free_at())
+        } else {
+            self.now.at.after(self.config.timing.election_max)
+        };
+        if let Some(due) = self.timers_due {
+            next = next.min(due);
+        }
+        next
+    }
+
+    /// A vote or pre-vote is asked of this node. Only if its promise allows, `raft` gets to see it; the promise not to
+    /// help lower terms is made under the same lock.
+    fn vote_asked(&mut self, message: Message) {
+        let pulse = Arc::clone(&self.pulse);
+        let mut pulse = lock(&pulse);
+        // The leader that asked for this transfer has given up its lease first.
+        let transfer =
+            message.context == CAMPAIGN_TRANSFER && message.get_msg_type() == MessageType::MsgRequestVote;
+        if !transfer && !pulse.may_promise(self.now.at) {
+            return;
+        }
+        // `raft` has a rule of its own, counted in ticks since it heard the leader; the promise is the stricter one.
+        self.raft.raft.election_elapsed = self.raft.raft.election_timeout();
+        let term_before = self.raft.raft.term;
+        // Errors are about messages that don't fit the state: then there is nothing to do.
+        let _ = self.raft.step(message);
+        pulse.promise(self.raft.raft.term);
+        if self.raft.raft.term > term_before {
+            self.election.voting(self.now.at);
+        }
+    }
+
+    /// A message that may make this node a candidate.
+    fn may_campaign(&mut self, message: Message) {
+        let pulse = Arc::clone(&self.pulse);
+        let mut pulse = lock(&pulse);
+        let transfer = message.get_msg_type() == MessageType::MsgTimeoutNow;
+        if !transfer && !message.reject && !pulse.may_promise(self.now.at) {
+            return;
+        }
+        let term_before = self.raft.raft.term;
+        let _ = self.raft.step(message);
+        pulse.promise(self.raft.raft.term);
+        if self.raft.raft.state == StateRole::Candidate && self.raft.raft.term > term_before {
+            self.election.voting(self.now.at);
+        }
+    }
+
+    fn step(&mut self, message: Message) {
+        let _ = self.raft.step(message);
+        let term = self.raft.raft.term;
+        self.lock().promise(term);
+    }
+
+    fn maybe_campaign(&mut self) {
+        // The first write makes the store; before it is on disk this node has promised nothing that would last.
+        if !self.raft.raft.promotable() || self.disk.newest > 0 && self.disk.persisted == 0 {
+            return;
+        }
+        let pulse = Arc::clone(&self.pulse);
+        let mut pulse = lock(&pulse);
+        let heard = pulse.heard_leader_at();
+        if self.now.at < self.election.deadline(heard) || !pulse.may_promise(self.now.at) {
+            return;
+        }
+        if pulse.is_resigning() && self.conf.voters.len() > 1 {
+            return;
+        }
+        self.election.campaigned(heard, self.now.at);
+        if self.raft.raft.state == StateRole::Candidate {
+            // The real vote came to nothing. A new one begins with a pre-vote like every other.
+            let term = self.raft.raft.term;
+            self.raft.raft.become_follower(term, raft::INVALID_ID);
+        }
+        let _ = self.raft.campaign();
+        pulse.promise(self.raft.raft.term);
+    }
+
+    /// What a leader does every beat.
+    fn lead_on(&mut self) {
+        let now = self.now.at;
+        if now >= self.next_tick {
+            // One tick however late it is: a stall must not look like lost heartbeats.
+            self.raft.tick();
+            self.next_tick = now.after(self.config.timing.beat);
+        }
+        let quorum_at = {
+            let end = self.lock().lease_end();
+            let lease = self.config.timing.lease.as_nanos() as u64;
+            Instant(end.0.saturating_sub(lease)).max(self.led_since)
+        };
+        if self.is_leader() && now.since(quorum_at) >= self.config.timing.election_max {
+            // Nobody follows any more, or leadership was handed over to somebody who did not take it.
+            let term = self.raft.raft.term;
+            self.raft.raft.become_follower(term, raft::INVALID_ID);
+        }
+    }
+}
+
+// --- poll ------------------------------------------------------------------------------------------------------------
+
+impl Core {
+    /// The next thing to do.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    fn send(&mut self, messages: Vec<Message>) {
+        for message in messages {
+            let to = RaftId(message.to).node();
+            let kind = message.get_msg_type();
+            if kind == MessageType::MsgTimeoutNow {
+                assert!(
+                    self.lock().is_retired(),
+                    "leadership is handed over only after the lease has been given up"
+                );
+            }
+            let via = match kind {
+                MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot => {
+                    Via::Stream
+                }
+                _ => Via::Datagram,
+            };
+            if let Some(address) = self.address_of(to) {
+                self.out.push_back(Output::Send { to, address, via, message });
+            }
+        }
+    }
+}

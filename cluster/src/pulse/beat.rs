@@ -264,16 +264,25 @@ fn cut(text: &str) -> String {
 }
 
 fn ownerships(list: impl Iterator<Item = Ownership>) -> Option<wire::Ownerships> {
-    let (groups, epochs): (Vec<u32>, Vec<u64>) = list.take(MAX_OWNERSHIPS).map(|o| (o.group.0, o.epoch)).unzip();
+    let (groups, epochs): (Vec<u32>, Vec<u64>) =
+        list.take(MAX_OWNERSHIPS).map(|o| (o.group.0, o.epoch)).unzip();
     (!groups.is_empty()).then_some(wire::Ownerships { groups, epochs })
 }
 
 fn pairs(field: &'static str, list: Option<wire::Ownerships>) -> Result<Vec<Ownership>, BeatError> {
     let list = list.unwrap_or_default();
     if list.groups.len() != list.epochs.len() || list.groups.len() > MAX_OWNERSHIPS {
-        return Err(BeatError::Field { field, value: format!("{} groups, {} epochs", list.groups.len(), list.epochs.len()) });
+        return Err(BeatError::Field {
+            field,
+            value: format!("{} groups, {} epochs", list.groups.len(), list.epochs.len()),
+        });
     }
-    Ok(list.groups.into_iter().zip(list.epochs).map(|(g, epoch)| Ownership { group: GroupId(g), epoch }).collect())
+    Ok(list
+        .groups
+        .into_iter()
+        .zip(list.epochs)
+        .map(|(g, epoch)| Ownership { group: GroupId(g), epoch })
+        .collect())
 }
 
 #[cfg(test)]
@@ -283,8 +292,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn beat(ownerships: usize, observations: usize, text: &str) -> Beat {
-        let owned: Vec<Ownership> =
-            (0..ownerships).map(|i| Ownership { group: GroupId(300 + i as u32), epoch: 1000 + i as u64 }).collect();
+        let owned: Vec<Ownership> = (0..ownerships)
+            .map(|i| Ownership { group: GroupId(300 + i as u32), epoch: 1000 + i as u64 })
+            .collect();
         Beat {
             from: RaftId::new(NodeId(7), u64::MAX),
             instance: u64::MAX,
@@ -304,16 +314,29 @@ mod tests {
             version: text.to_owned(),
             applied: 1 << 40,
             installed: 1 << 40,
-            health: SelfHealth { links_up: true, gateway: Some(false), forwarding: true, reason: text.to_owned() },
+            health: SelfHealth {
+                links_up: true,
+                gateway: Some(false),
+                forwarding: true,
+                reason: text.to_owned(),
+            },
             resigning: true,
             support: Some(NodeId(65535)),
-            contact: Some(Contact { instance: u64::MAX, stamp: Instant(u64::MAX), lasts: Duration::from_millis(80) }),
+            contact: Some(Contact {
+                instance: u64::MAX,
+                stamp: Instant(u64::MAX),
+                lasts: Duration::from_millis(80),
+            }),
             grants: owned.clone(),
             releases: owned[..ownerships / 8].to_vec(),
             released: owned[..ownerships / 8].to_vec(),
             held: owned.iter().take(ownerships / 2).map(|&o| (o, Duration::from_millis(60))).collect(),
             observations: (0..observations)
-                .map(|i| Observation { backend: BackendId(i as u32), health: Health::Down, reason: text.to_owned() })
+                .map(|i| Observation {
+                    backend: BackendId(i as u32),
+                    health: Health::Down,
+                    reason: text.to_owned(),
+                })
                 .collect(),
         }
     }

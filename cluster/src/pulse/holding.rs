@@ -128,9 +128,10 @@ impl Holdings {
 
     /// Every group that the lane was told to answer for at `now`.
     pub(super) fn held(&self, now: Instant) -> impl Iterator<Item = (Ownership, Duration)> + '_ {
-        self.lane.iter().filter(move |(_, l)| l.answer_until > now).map(move |(&group, l)| {
-            (Ownership { group, epoch: l.epoch }, l.answer_until.since(now))
-        })
+        self.lane
+            .iter()
+            .filter(move |(_, l)| l.answer_until > now)
+            .map(move |(&group, l)| (Ownership { group, epoch: l.epoch }, l.answer_until.since(now)))
     }
 
     /// What the lane was told of every group that it was ever told of.
@@ -174,22 +175,31 @@ impl Holdings {
             return LeaseUpdate { epoch: before.epoch, ..LeaseUpdate::default() };
         };
         let own = Ownership { group, epoch: assigned.epoch };
-        let granted = self.grants.get(&group).filter(|(epoch, _)| *epoch == assigned.epoch).map(|(_, until)| *until);
+        let granted =
+            self.grants.get(&group).filter(|(epoch, _)| *epoch == assigned.epoch).map(|(_, until)| *until);
         if let (true, Some(until)) = (assigned.node == Some(self.me) && !self.has_released(own), granted) {
             self.yielded.remove(&group);
             if self.installed < assigned.index {
                 // Granted, but the lane has not got the tables yet. What it had before under an older epoch is over.
-                return if before.epoch == assigned.epoch { before } else { LeaseUpdate { epoch: before.epoch, ..LeaseUpdate::default() } };
+                return if before.epoch == assigned.epoch {
+                    before
+                } else {
+                    LeaseUpdate { epoch: before.epoch, ..LeaseUpdate::default() }
+                };
             }
             return LeaseUpdate { epoch: assigned.epoch, answer_until: until, forward_until: until };
         }
-        if before.answer_until > now && (assigned.epoch > before.epoch || self.has_released(Ownership { group, epoch: before.epoch })) {
+        if before.answer_until > now
+            && (assigned.epoch > before.epoch || self.has_released(Ownership { group, epoch: before.epoch }))
+        {
             self.yielded.insert(group, (before.epoch, now.after(self.grace)));
         }
         match self.yielded.get(&group) {
-            Some(&(epoch, limit)) if limit > now => {
-                LeaseUpdate { epoch, answer_until: Instant::default(), forward_until: limit.min(self.contact_until) }
-            }
+            Some(&(epoch, limit)) if limit > now => LeaseUpdate {
+                epoch,
+                answer_until: Instant::default(),
+                forward_until: limit.min(self.contact_until),
+            },
             _ if before.answer_until > now => {
                 // Assigned here and neither granted anew nor released: the lease goes on to its end.
                 if assigned.node == Some(self.me) && assigned.epoch == before.epoch {
@@ -234,7 +244,10 @@ mod tests {
     }
 
     fn lease(epoch: u64, answer: u64, forward: u64) -> Output {
-        Output::Lease { group: G, lease: LeaseUpdate { epoch, answer_until: at(answer), forward_until: at(forward) } }
+        Output::Lease {
+            group: G,
+            lease: LeaseUpdate { epoch, answer_until: at(answer), forward_until: at(forward) },
+        }
     }
 
     /// Assigned, installed and granted until 80 ms under epoch 1.

@@ -23,6 +23,8 @@ pub(super) struct Leading {
     pub(super) open: bool,
     /// `MsgTimeoutNow` may be under way: no lease and no grant any more in this term, however long.
     pub(super) retired: bool,
+    /// While leadership is being handed over: the only node that is still granted anything.
+    pub(super) only_to: Option<NodeId>,
     granted: BTreeMap<GroupId, Granted>,
     /// Not granted any more: to be released.
     pub(super) revoked: BTreeSet<Ownership>,
@@ -49,6 +51,7 @@ impl Leading {
             lease_end: Instant::default(),
             open: false,
             retired: false,
+            only_to: None,
             granted: BTreeMap::new(),
             revoked: BTreeSet::new(),
         }
@@ -79,7 +82,8 @@ impl Leading {
         let base = if others_needed == 0 {
             now
         } else {
-            let mut newest: Vec<Instant> = self.acked.iter().filter(|(id, _)| **id != me).map(|(_, at)| *at).collect();
+            let mut newest: Vec<Instant> =
+                self.acked.iter().filter(|(id, _)| **id != me).map(|(_, at)| *at).collect();
             newest.sort_unstable_by(|a, b| b.cmp(a));
             match newest.get(others_needed - 1) {
                 Some(at) => *at,

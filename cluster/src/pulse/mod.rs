@@ -213,7 +213,9 @@ impl Pulse {
     pub fn leader(&self) -> Option<(RaftId, u64)> {
         match &self.leading {
             Some(l) => Some((self.me, l.term)),
-            None => self.leader.filter(|_| self.heard_leader_at.is_some_and(|at| self.now.since(at) < self.timing.election_max)),
+            None => self.leader.filter(|_| {
+                self.heard_leader_at.is_some_and(|at| self.now.since(at) < self.timing.election_max)
+            }),
         }
     }
 
@@ -296,6 +298,11 @@ impl Pulse {
     /// Observations in which a peer's newest beat differs from the replicated verdicts.
     pub fn peer_observations(&self, id: NodeId) -> &[Observation] {
         self.peers.get(&id).and_then(|p| p.heard.as_ref()).map_or(&[], |h| &h.beat.observations)
+    }
+
+    /// Own observations that differ from the replicated verdicts.
+    pub(crate) fn differing(&self) -> impl Iterator<Item = &Observation> + '_ {
+        self.differing.iter().filter_map(|id| self.observations.get(id))
     }
 
     /// Beats not taken in, by reason.
@@ -413,14 +420,23 @@ impl Pulse {
     }
 
     /// A leader's beat was accepted: acknowledge it, and take what it grants.
-    fn follow(&mut self, node: NodeId, echo: Echo, contact: Option<Contact>, grants: &[Ownership], releases: &[Ownership]) {
+    fn follow(
+        &mut self,
+        node: NodeId,
+        echo: Echo,
+        contact: Option<Contact>,
+        grants: &[Ownership],
+        releases: &[Ownership],
+    ) {
         for p in self.peers.values_mut() {
             p.echo = (p.id == node).then_some(echo);
         }
         for &o in releases {
             self.holdings.release(o);
         }
-        if let Some(c) = contact.filter(|c| c.instance == self.instance && c.stamp >= self.started_at && c.stamp <= self.now) {
+        if let Some(c) = contact
+            .filter(|c| c.instance == self.instance && c.stamp >= self.started_at && c.stamp <= self.now)
+        {
             let until = c.stamp.after(c.lasts);
             self.holdings.contact(until);
             for &o in grants {
@@ -434,7 +450,8 @@ impl Pulse {
     }
 
     fn forget_a_stranger(&mut self) -> bool {
-        let silent = self.peers.values().find(|p| !p.wanted && !p.alive(self.now, self.silent_after())).map(|p| p.id);
+        let silent =
+            self.peers.values().find(|p| !p.wanted && !p.alive(self.now, self.silent_after())).map(|p| p.id);
         silent.and_then(|id| self.peers.remove(&id)).is_some()
     }
 }
@@ -548,7 +565,11 @@ impl Pulse {
     }
 
     /// Members with their addresses, besides those of the node file.
-    pub(crate) fn set_members(&mut self, members: impl Iterator<Item = (NodeId, SocketAddr)>, configured: impl Iterator<Item = (NodeId, SocketAddr)>) {
+    pub(crate) fn set_members(
+        &mut self,
+        members: impl Iterator<Item = (NodeId, SocketAddr)>,
+        configured: impl Iterator<Item = (NodeId, SocketAddr)>,
+    ) {
         for p in self.peers.values_mut() {
             p.wanted = false;
         }
@@ -617,6 +638,13 @@ impl Pulse {
         }
     }
 
+    /// Leadership is to be handed to `target`: grants to all others stop (and with `None` go on again).
+    pub(crate) fn hold_grants(&mut self, target: Option<NodeId>) {
+        if let Some(l) = &mut self.leading {
+            l.only_to = target;
+        }
+    }
+
     /// Before `MsgTimeoutNow`: gives up granting for the rest of this term. Refused while this node answers for a group,
     /// or any grant to a node other than `target` may be in force.
     ///
@@ -661,7 +689,11 @@ impl Pulse {
             return false;
         }
         l.granted(o.group).is_none_or(|g| {
-            g.until <= now || self.peers.get(&g.node).is_some_and(|p| p.has_released(Ownership { epoch: g.epoch, ..o }, g.instance))
+            g.until <= now
+                || self
+                    .peers
+                    .get(&g.node)
+                    .is_some_and(|p| p.has_released(Ownership { epoch: g.epoch, ..o }, g.instance))
         })
     }
 
@@ -670,9 +702,10 @@ impl Pulse {
         if node == self.identity.id {
             return self.holdings.has_released(o);
         }
-        self.peers.get(&node).and_then(|p| p.heard.as_ref()).is_some_and(|h| {
-            h.beat.released.iter().any(|r| r.group == o.group && r.epoch >= o.epoch)
-        })
+        self.peers
+            .get(&node)
+            .and_then(|p| p.heard.as_ref())
+            .is_some_and(|h| h.beat.released.iter().any(|r| r.group == o.group && r.epoch >= o.epoch))
     }
 
     /// Latest end, on this node's clock, of any grant that it gave to `node` in this term.
@@ -760,7 +793,9 @@ impl Pulse {
         }
         if let Some(o) = self.out.pop_front() {
             match &o {
-                Output::Lease { group, lease } if lease.answer_until <= self.now => self.in_hand = Some(*group),
+                Output::Lease { group, lease } if lease.answer_until <= self.now => {
+                    self.in_hand = Some(*group)
+                }
                 Output::Prompt => self.prompted = false,
                 _ => {}
             }
@@ -818,7 +853,12 @@ impl Pulse {
     }
 
     /// What a leader's beat to `to` grants, and what it asks back. Grants are noted before they leave.
-    fn grants_to(&mut self, to: NodeId, now: Instant, silent_after: Duration) -> (Option<Contact>, Vec<Ownership>, Vec<Ownership>) {
+    fn grants_to(
+        &mut self,
+        to: NodeId,
+        now: Instant,
+        silent_after: Duration,
+    ) -> (Option<Contact>, Vec<Ownership>, Vec<Ownership>) {
         let nothing = (None, Vec::new(), Vec::new());
         let Some(l) = &mut self.leading else { return nothing };
         let owned: Vec<Ownership> = self
@@ -830,7 +870,7 @@ impl Pulse {
             .collect();
         let (releases, owned): (Vec<_>, Vec<_>) = owned.into_iter().partition(|o| l.revoked.contains(o));
         let peer = &self.peers[&to];
-        if !l.may_grant(now) || !peer.alive(now, silent_after) {
+        if !l.may_grant(now) || !peer.alive(now, silent_after) || l.only_to.is_some_and(|n| n != to) {
             return (None, Vec::new(), releases);
         }
         let Some(contact) = peer.limit(l.lease_end, |left| self.timing.on_another_clock(left)) else {
@@ -838,7 +878,8 @@ impl Pulse {
         };
         let grants: Vec<Ownership> = owned.into_iter().take(MAX_OWNERSHIPS).collect();
         for o in &grants {
-            let granted = Granted { node: to, epoch: o.epoch, instance: contact.instance, until: l.lease_end };
+            let granted =
+                Granted { node: to, epoch: o.epoch, instance: contact.instance, until: l.lease_end };
             l.note_grant(o.group, granted);
         }
         (Some(contact), grants, releases)

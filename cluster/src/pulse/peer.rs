@@ -83,7 +83,11 @@ impl Peer {
     }
 
     /// The limit that ends at `end` on this node's clock, told on the peer's clock.
-    pub(super) fn limit(&self, end: Instant, on_another_clock: impl Fn(Duration) -> Duration) -> Option<Contact> {
+    pub(super) fn limit(
+        &self,
+        end: Instant,
+        on_another_clock: impl Fn(Duration) -> Duration,
+    ) -> Option<Contact> {
         let heard = self.heard.as_ref()?;
         let left = end.since(heard.at);
         (left > Duration::ZERO).then(|| Contact {
@@ -96,7 +100,8 @@ impl Peer {
     /// Whether its process `instance` says that it has given the group up.
     pub(super) fn has_released(&self, o: Ownership, instance: u64) -> bool {
         self.heard.as_ref().is_some_and(|h| {
-            h.beat.instance == instance && h.beat.released.iter().any(|r| r.group == o.group && r.epoch >= o.epoch)
+            h.beat.instance == instance
+                && h.beat.released.iter().any(|r| r.group == o.group && r.epoch >= o.epoch)
         })
     }
 

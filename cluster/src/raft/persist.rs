@@ -3,6 +3,7 @@
 use raft::eraftpb::{Entry, HardState, Snapshot};
 
 use super::RaftId;
+use crate::state::{DecodeError, State};
 
 /// One write to the store. Writes are made in the order in which they are handed out, each as a whole or not at all;
 /// [`crate::core::Core::handle_persisted`] is called with `number` when the write and all before it are on disk (with
@@ -39,4 +40,36 @@ pub struct Restored {
     pub snapshot: Snapshot,
     /// Entries by index, without gaps; the first index is at most the snapshot's + 1.
     pub entries: Vec<Entry>,
+}
+
+/// The data of a snapshot: which cluster, and its state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotData {
+    /// Raft id of the node that founded the cluster: no two clusters have the same.
+    pub cluster: u64,
+    /// Replicated state at the snapshot's index.
+    pub state: State,
+}
+
+/// Bytes before the state.
+const HEAD: usize = 8;
+
+impl SnapshotData {
+    /// As bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = self.cluster.to_be_bytes().to_vec();
+        out.extend_from_slice(&self.state.encode());
+        out
+    }
+
+    /// Reads what [`SnapshotData::encode`] wrote.
+    ///
+    /// # Errors
+    /// It is of a newer format, or damaged.
+    pub fn decode(data: &[u8]) -> Result<SnapshotData, DecodeError> {
+        let Some((head, state)) = data.split_first_chunk::<HEAD>() else {
+            return Err(DecodeError::Damaged("it is too short".to_owned()));
+        };
+        Ok(SnapshotData { cluster: u64::from_be_bytes(*head), state: State::decode(state)? })
+    }
 }

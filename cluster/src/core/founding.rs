@@ -1,0 +1,91 @@
+//! How a cluster begins.
+//!
+//! Nodes with empty stores find each other by their beats. When a majority of the configured nodes is present and empty,
+//! and nobody present has a store, each supports the one with the lowest id, and sticks to it while that one is heard.
+//! The node that a majority supports makes a cluster of which it is the only voter, and admits the others like any node
+//! that joins. It takes no command from operators before a majority of the configured nodes votes in it: so, if two
+//! nodes should found after all (a crash and a cut within these milliseconds), at most one of the two clusters can ever
+//! hold anything.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use raft::eraftpb::{ConfState, HardState};
+
+use super::{Core, Output, new_raft};
+use crate::raft::{Log, Persist};
+use crate::state::{Change, Command, Member, State};
+
+/// How long a node that is supported may be silent before another one is. Far longer than founding takes.
+const STICK: Duration = Duration::from_secs(2);
+/// Index and term of the first snapshot: the log begins after it.
+const FIRST: (u64, u64) = (1, 1);
+
+impl Core {
+    /// Founds the cluster when it is this node's turn.
+    pub(super) fn found(&mut self) {
+        if self.cluster != 0 {
+            return;
+        }
+        let me = self.me.node();
+        let configured = self.config.peers.len() + 1;
+        let majority = configured / 2 + 1;
+        let mut pulse = super::lock(&self.pulse);
+        let present: Vec<_> = pulse
+            .peers()
+            .filter(|p| p.alive && self.config.peers.iter().any(|c| c.id == p.identity.id))
+            .collect();
+        if present.iter().any(|p| p.cluster != 0) || present.len() + 1 < majority {
+            // There is a cluster, which will admit this node; or there are too few to begin one.
+            if present.iter().any(|p| p.cluster != 0) {
+                pulse.set_support(None);
+            }
+            return;
+        }
+        let sticks = self
+            .members
+            .supported
+            .filter(|n| *n == me || pulse.peer(*n).is_some_and(|p| p.since_beat < STICK && p.cluster == 0));
+        let lowest = present.iter().map(|p| p.identity.id).chain([me]).min();
+        let support = sticks.or(lowest);
+        self.members.supported = support;
+        pulse.set_support(support);
+        let supporters = 1 + present.iter().filter(|p| p.support == Some(me)).count();
+        drop(pulse);
+        if support == Some(me) && supporters >= majority {
+            self.make_cluster();
+        }
+    }
+
+    fn make_cluster(&mut self) {
+        self.cluster = self.me.0;
+        let member = Member { raft_id: self.me.0, node: self.config.identity.clone(), voter: true };
+        let mut state = State::default();
+        state
+            .apply(FIRST.0, &Command::own(self.now.wall_ms, Change::MemberPut { member }))
+            .expect("an empty state has room for its first member");
+        self.state = Arc::new(state);
+        self.conf = ConfState { voters: vec![self.me.0], ..ConfState::default() };
+        self.hard_state = HardState { term: FIRST.1, vote: raft::INVALID_ID, commit: FIRST.0 };
+        let snapshot = self.snapshot(FIRST.0, FIRST.1);
+        let mut log = Log::new();
+        log.install(snapshot.clone());
+        log.set_hard_state(self.hard_state.clone());
+        self.raft = new_raft(self.me, log, FIRST.0).expect("a log with one snapshot is in order");
+        self.seen = (raft::StateRole::Follower, FIRST.1);
+        let number = self.disk.begin(0, true);
+        self.out.push_back(Output::Persist(Persist {
+            number,
+            raft_id: Some(self.me),
+            hard_state: Some(self.hard_state.clone()),
+            snapshot: Some(snapshot),
+            reset_log: true,
+            sync: true,
+            ..Persist::default()
+        }));
+        self.lock().set_cluster(self.cluster);
+        self.election.settled(self.now.at);
+        self.tell_pulse(true);
+        self.out.push_back(Output::State);
+    }
+}
