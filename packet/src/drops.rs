@@ -1,5 +1,7 @@
 //! Why a frame was dropped: every reason has a name and a counter.
 
+use crate::wire::Malformed;
+
 /// Declares [`Reason`] with the word of each, used alike in counters, `status` and metrics.
 macro_rules! reasons {
     ($($(#[$meta:meta])* $variant:ident = $word:literal),+ $(,)?) => {
@@ -47,9 +49,31 @@ reasons! {
     TooBig = "too_big",
     /// A later fragment whose first fragment has not been seen, or too long ago.
     FragmentBeforeFirst = "fragment_before_first",
-    /// A header that contradicts itself or the frame's length.
-    Malformed = "malformed",
-    /// A header checksum, or that of a control message, is wrong.
+    /// [`Malformed::Truncated`]
+    Truncated = "truncated",
+    /// [`Malformed::BadVersion`]
+    BadVersion = "bad_version",
+    /// [`Malformed::BadHeaderLength`]
+    BadHeaderLength = "bad_header_length",
+    /// [`Malformed::BadTotalLength`]
+    BadTotalLength = "bad_total_length",
+    /// [`Malformed::BadHeaderChecksum`]
+    BadHeaderChecksum = "bad_header_checksum",
+    /// [`Malformed::BadFragment`]
+    BadFragment = "bad_fragment",
+    /// [`Malformed::TinyFragment`]
+    TinyFragment = "tiny_fragment",
+    /// [`Malformed::TooManyExtensions`]
+    TooManyExtensions = "too_many_extensions",
+    /// [`Malformed::SourceRouted`]
+    SourceRouted = "source_routed",
+    /// [`Malformed::Jumbogram`]
+    Jumbogram = "jumbogram",
+    /// [`Malformed::BadUdpLength`]
+    BadUdpLength = "bad_udp_length",
+    /// [`Malformed::BadField`]
+    BadField = "bad_field",
+    /// [`Malformed::BadChecksum`]
     BadChecksum = "bad_checksum",
     /// Offload metadata that contradicts the frame.
     BadOffload = "bad_offload",
@@ -73,6 +97,26 @@ reasons! {
     LeaseEnded = "lease_ended",
     /// Counted by the lane: the interface took no more frames, or refused this one.
     Send = "send",
+}
+
+impl From<Malformed> for Reason {
+    fn from(malformed: Malformed) -> Reason {
+        match malformed {
+            Malformed::Truncated => Reason::Truncated,
+            Malformed::BadVersion => Reason::BadVersion,
+            Malformed::BadHeaderLength => Reason::BadHeaderLength,
+            Malformed::BadTotalLength => Reason::BadTotalLength,
+            Malformed::BadHeaderChecksum => Reason::BadHeaderChecksum,
+            Malformed::BadFragment => Reason::BadFragment,
+            Malformed::TinyFragment => Reason::TinyFragment,
+            Malformed::TooManyExtensions => Reason::TooManyExtensions,
+            Malformed::SourceRouted => Reason::SourceRouted,
+            Malformed::Jumbogram => Reason::Jumbogram,
+            Malformed::BadUdpLength => Reason::BadUdpLength,
+            Malformed::BadField => Reason::BadField,
+            Malformed::BadChecksum => Reason::BadChecksum,
+        }
+    }
 }
 
 /// One counter for each [`Reason`].
@@ -105,6 +149,13 @@ impl Drops {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_malformed_frame_is_counted_under_its_own_word() {
+        for malformed in Malformed::ALL {
+            assert_eq!(Reason::from(malformed).as_str(), malformed.as_str());
+        }
+    }
 
     #[test]
     fn each_reason_has_a_word_and_a_counter_of_its_own() {

@@ -8,6 +8,7 @@ pub mod announce;
 pub mod checksum;
 pub mod drops;
 pub mod engine;
+pub mod flow;
 pub mod hash;
 pub mod lane;
 pub mod lease;

@@ -7,24 +7,40 @@
 //! 4. [`Engine::poll_claim`] after each batch, and announces again what was claimed;
 //! 5. [`Engine::tick`] when [`Engine::next_deadline`] has come.
 
+mod answer;
+mod arp_nd;
+mod core;
 mod counters;
+mod forward;
+mod fragment;
 mod frame;
+mod icmp;
+mod limit;
+mod nat;
+mod report;
+mod rewrite;
+mod select;
+mod sketch;
+mod state;
+
+#[cfg(test)]
+mod tests;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-pub use counters::Event;
-pub use frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
+pub use self::counters::Event;
+pub use self::frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
+pub use self::nat::{SNAT_PORT_MAX, SNAT_PORT_MIN};
 
+use self::core::{Core, Cx};
 use crate::drops::Reason;
 use crate::lane::{Counters, FlowFilter, FlowInfo, Trace};
 use crate::lease::LeaseBoard;
 use crate::neighbour::{Mac, NextHops};
 use crate::plan::Plan;
-use crate::tables::{self, PlanError, Tables};
+use crate::tables::{PlanError, Tables};
 use crate::time::BootTime;
-
-use counters::Tally;
 
 /// Settings of an engine that do not change while it runs.
 #[derive(Clone, Debug)]
@@ -77,12 +93,14 @@ pub struct OwnedAddress {
     pub port: Option<Port>,
 }
 
+/// Flows and ticks that one [`Engine::tick`] looks at: some tens of microseconds, so that no frame waits long.
+const TICK_BUDGET: usize = 1000;
+
 /// The packet engine. See the module for the order of calls.
 pub struct Engine {
-    config: EngineConfig,
     leases: Arc<LeaseBoard>,
     tables: Arc<Tables>,
-    tally: Tally,
+    core: Core,
 }
 
 /// Compiles a plan. Independent of any engine, so that it can be done outside the packet thread; `previous` lends its
@@ -91,13 +109,13 @@ pub struct Engine {
 /// # Errors
 /// The plan contradicts itself or exceeds a limit.
 pub fn compile(plan: Plan, previous: Option<&Tables>) -> Result<Tables, PlanError> {
-    tables::Tables::compile(plan, previous)
+    Tables::compile(plan, previous)
 }
 
 impl Engine {
     /// An engine without a plan: everything is [`Verdict::NotOurs`].
     pub fn new(config: EngineConfig, leases: Arc<LeaseBoard>) -> Engine {
-        Engine { config, leases, tables: Arc::new(Tables::default()), tally: Tally::default() }
+        Engine { leases, tables: Arc::new(Tables::default()), core: Core::new(config) }
     }
 
     /// Compiles `plan` and puts it in force as a whole. Flows and counters of what stays survive.
@@ -112,6 +130,7 @@ impl Engine {
 
     /// Puts compiled tables in force as a whole. Flows and counters of what stays survive.
     pub fn swap(&mut self, tables: Arc<Tables>, _now: BootTime) {
+        self.core.states.swap(&tables);
         self.tables = tables;
     }
 
@@ -122,73 +141,82 @@ impl Engine {
 
     /// Takes over changed facts of an interface (address, MTU).
     pub fn set_port(&mut self, port: Port, config: PortConfig) {
-        match port {
-            Port::Service => self.config.service = config,
-            Port::Inside => self.config.inside = Some(config),
-        }
+        self.core.ports[port as usize] = Some(config);
     }
 
     /// What is known of a port.
     pub fn port(&self, port: Port) -> Option<&PortConfig> {
-        match port {
-            Port::Service => Some(&self.config.service),
-            Port::Inside => self.config.inside.as_ref(),
-        }
+        self.core.ports[port as usize].as_ref()
     }
 
     /// Addresses to answer for and to announce, with their ports, under the plan in force.
     pub fn owned(&self) -> Vec<OwnedAddress> {
-        Vec::new()
+        let owned = self.tables.addresses().map(|(address, owned)| OwnedAddress {
+            group: owned.group,
+            address,
+            port: self.core.answering_port(owned, address),
+        });
+        owned.collect()
     }
 
     /// Decides about `frame`, which came in by `port`, and rewrites it in place.
     pub fn process(
         &mut self,
-        _frame: &mut FrameMut<'_>,
-        _port: Port,
-        _now: BootTime,
-        _hops: &dyn NextHops,
+        frame: &mut FrameMut<'_>,
+        port: Port,
+        now: BootTime,
+        hops: &dyn NextHops,
     ) -> Verdict {
-        self.tally.event(Event::NotOurs);
-        Verdict::NotOurs
+        let cx = Cx { tables: &self.tables, leases: &self.leases, hops, port_in: port, now };
+        self.core.process(&cx, frame)
     }
 
     /// The answer that the last [`Verdict::Reply`] spoke of: a whole Ethernet frame.
     pub fn reply(&self) -> &[u8] {
-        &[]
+        &self.core.reply
     }
 
     /// Next claim of somebody else for an address that this node holds the lease for.
     pub fn poll_claim(&mut self) -> Option<Claim> {
-        None
+        self.core.claims.pop_front()
     }
 
     /// Counts a frame that the lane itself had to drop after the engine's verdict.
     pub fn count_drop(&mut self, reason: Reason) {
-        self.tally.drop(reason);
+        self.core.tally.drop(reason);
     }
 
     /// Forgets what has idled out. Bounded work; call again while [`Engine::next_deadline`] is not after `now`.
-    pub fn tick(&mut self, _now: BootTime) {}
+    pub fn tick(&mut self, now: BootTime) {
+        let mut budget = TICK_BUDGET;
+        while let Some(flow) = self.core.flows.expire(now, &mut budget) {
+            self.core.states.forgotten(&flow);
+        }
+    }
 
     /// When [`Engine::tick`] has something to do next; `None` while nothing is remembered.
     pub fn next_deadline(&self) -> Option<BootTime> {
-        None
+        self.core.flows.next_deadline()
     }
 
     /// Counters since the engine was made.
-    pub fn counters(&self, _now: BootTime) -> Counters {
-        Counters { drops: self.tally.drops(), events: self.tally.events(), ..Counters::default() }
+    pub fn counters(&self, now: BootTime) -> Counters {
+        Counters {
+            backends: self.core.states.counters(&self.tables, now),
+            drops: self.core.tally.drops(),
+            events: self.core.tally.events(),
+            flows: self.core.flows.len() as u64,
+        }
     }
 
     /// Remembered flows that match, at most `limit`, in no order.
-    pub fn flows(&self, _filter: &FlowFilter, _limit: usize, _now: BootTime) -> Vec<FlowInfo> {
-        Vec::new()
+    pub fn flows(&self, filter: &FlowFilter, limit: usize, now: BootTime) -> Vec<FlowInfo> {
+        self.core.list(&self.tables, filter, limit, now)
     }
 
     /// Where a flow from `client` to service `service` would go now, and why; `None` when there is no such service.
-    pub fn trace(&self, _service: u32, _client: SocketAddr, _now: BootTime) -> Option<Trace> {
-        None
+    pub fn trace(&self, service: u32, client: SocketAddr, _now: BootTime) -> Option<Trace> {
+        self.core.trace(&self.tables, service, client)
     }
 
     /// The board that leases are read from.

@@ -1,0 +1,170 @@
+//! SNAT bindings, and answers from backends to clients.
+
+use std::net::IpAddr;
+
+use crate::drops::Reason;
+use crate::flow::{BackendSide, ClientSide, Direction, Segment};
+use crate::hash;
+use crate::plan::Protocol;
+use crate::tables::{HASH_SEED, Service, Tables};
+use crate::wire::{Dissected, IpInfo};
+
+use super::core::{Core, Cx, IcmpError, Size, Stop, check_offload};
+use super::fragment::Route;
+use super::frame::{FrameMut, Verdict};
+use super::rewrite::{self, End, Ends};
+
+/// First SNAT port: those below are for servers (RFC 6335 §6).
+pub const SNAT_PORT_MIN: u16 = 1024;
+/// Last SNAT port.
+pub const SNAT_PORT_MAX: u16 = 65_535;
+/// SNAT ports of one address for one backend address and port.
+const PORTS: u32 = SNAT_PORT_MAX as u32 - SNAT_PORT_MIN as u32 + 1;
+/// Ports that are tried on one address before the flow is refused. With 95 % of an address's ports to one backend in use,
+/// in random places, one new flow in 700 finds 128 taken; the work for a packet stays bounded.
+const PROBES: u32 = 128;
+/// Addresses that are tried.
+const PROBED_ADDRESSES: usize = 4;
+
+impl Core {
+    /// A free SNAT address and port for a flow: the first free one from a place that follows from client, service and
+    /// backend, so that a node that takes over finds nearly always the same.
+    pub(crate) fn bind(
+        &self,
+        tables: &Tables,
+        service: &Service,
+        backend: u16,
+        client_side: &ClientSide,
+    ) -> Result<BackendSide, Reason> {
+        let backend = &service.backends[usize::from(backend)];
+        let ClientSide { client, client_port, .. } = *client_side;
+        let addresses = service.snat.len();
+        let first = hash::scale(
+            hash::snat(HASH_SEED, client, client_port, service.id, backend.id),
+            addresses as u32 * PORTS,
+        );
+        for turn in 0..addresses.min(PROBED_ADDRESSES) {
+            let snat = service.snat[((first / PORTS) as usize + turn) % addresses];
+            for probe in 0..PROBES {
+                let snat_port = SNAT_PORT_MIN + ((first % PORTS + probe) % PORTS) as u16;
+                let bound = BackendSide {
+                    protocol: service.protocol.number(),
+                    backend: backend.address,
+                    backend_port: backend.port,
+                    snat,
+                    snat_port,
+                };
+                // A SNAT address that is also a VIP: its services' ports are taken.
+                let taken = tables.service_at(snat, snat_port, service.protocol).is_some()
+                    || self.flows.find_answered(&bound).is_some();
+                if !taken {
+                    return Ok(bound);
+                }
+            }
+        }
+        Err(Reason::NoSnatPort)
+    }
+
+    /// A packet to a SNAT address: an answer of a backend, or nothing of ours.
+    pub(crate) fn answer_bound(
+        &mut self,
+        cx: &Cx<'_>,
+        frame: &mut FrameMut<'_>,
+        d: &Dissected,
+        ip: &IpInfo,
+        protocol: Protocol,
+        segment: Segment,
+    ) -> Result<Verdict, Stop> {
+        if let Some(owned) = cx.tables.owned(ip.dst) {
+            cx.may_forward(owned.group)?;
+        }
+        let (backend_port, snat_port) = ip.ports().ok_or(Reason::NoBinding)?;
+        let key = BackendSide {
+            protocol: protocol.number(),
+            backend: ip.src,
+            backend_port,
+            snat: ip.dst,
+            snat_port,
+        };
+        let id = self.flows.find_answered(&key).ok_or(Reason::NoBinding)?;
+        let flow = self.flows.get(id);
+        let (number, client) = (flow.backend, flow.client_side());
+        let index = self.states.service(flow.service()).index.ok_or(Reason::NoService)?;
+        let service = &cx.tables.services()[usize::from(index)];
+        let ends =
+            Ends { src: Some((service.vip, service.port)), dst: Some((client.client, client.client_port)) };
+        let verdict = self.to_client(cx, frame, d, ip, service, number, (client.client, ip.dst), ends)?;
+        let (before, after) = self.flows.touch(id, segment, Direction::ToClient, service.idle, cx.now);
+        self.states.moved(number, before, after);
+        Ok(verdict)
+    }
+
+    /// A packet from a `nat-transparent` backend to a client.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn answer_transparent(
+        &mut self,
+        cx: &Cx<'_>,
+        frame: &mut FrameMut<'_>,
+        d: &Dissected,
+        ip: &IpInfo,
+        index: u16,
+        backend: u16,
+        segment: Segment,
+    ) -> Result<Verdict, Stop> {
+        let service = &cx.tables.services()[usize::from(index)];
+        let number = self.states.backend_number(index, backend);
+        let ends = Ends { src: Some((service.vip, service.port)), dst: None };
+        let verdict = self.to_client(cx, frame, d, ip, service, number, (ip.dst, service.inside), ends)?;
+        // The way back needs no flow; where flows are remembered at all, it still tells when one ends.
+        let state = self.states.number(index);
+        if self.states.service(state).remembered > 0
+            && let Some((_, client_port)) = ip.ports()
+            && let Some(id) = self.flows.find(&ClientSide { service: state, client: ip.dst, client_port })
+        {
+            let owner = self.flows.get(id).backend;
+            let (before, after) = self.flows.touch(id, segment, Direction::ToClient, service.idle, cx.now);
+            self.states.moved(owner, before, after);
+        }
+        Ok(verdict)
+    }
+
+    /// What both have in common. `client` is where it goes, `router` who tells the backend when it can't.
+    #[allow(clippy::too_many_arguments)]
+    fn to_client(
+        &mut self,
+        cx: &Cx<'_>,
+        frame: &mut FrameMut<'_>,
+        d: &Dissected,
+        ip: &IpInfo,
+        service: &Service,
+        number: u32,
+        (client, router): (IpAddr, IpAddr),
+        ends: Ends,
+    ) -> Result<Verdict, Stop> {
+        let fence = cx.may_forward(service.group)?;
+        check_offload(frame, ip)?;
+        if ip.ttl <= 1 {
+            return Err(Stop::Error(fence, router, IcmpError::TtlExceeded));
+        }
+        let way = self.way(cx, d, client)?;
+        let size = Size::of(frame, ip);
+        if size.largest > way.mtu as usize {
+            return Err(Stop::Error(fence, router, IcmpError::TooBig { mtu: way.mtu }));
+        }
+        let address = |end: Option<End>| end.map(|e| e.0);
+        let life = self.states.backend(number).life;
+        self.note_fragment(ip, cx.now, |_| Route::Forward {
+            group: service.group,
+            backend: (number, life),
+            to_backend: false,
+            routed: true,
+            src: address(ends.src),
+            dst: address(ends.dst),
+            towards: client,
+        });
+        rewrite::rewrite(frame.bytes, ip, &frame.offload, ends);
+        rewrite::decrement_ttl(frame.bytes, ip);
+        self.count(number, life, size, false);
+        Ok(self.leave(frame, way, fence))
+    }
+}

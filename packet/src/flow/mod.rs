@@ -1,0 +1,11 @@
+//! Remembered flows: a bounded table with two keys, and the states that a flow goes through.
+//!
+//! Most flows are never here (see "Backend choice" in `ARCHITECTURE.md`): the table holds what the hash alone can't tell.
+
+mod index;
+mod state;
+mod table;
+mod wheel;
+
+pub use state::{Direction, Segment, State};
+pub use table::{BackendSide, ClientSide, Flow, FlowId, FlowTable, Inserted, NewFlow, TableFull};

@@ -1,0 +1,266 @@
+//! The states of a flow, as far as a balancer sees them.
+//!
+//! ```text
+//!            SYN                       second side heard             FIN                    FIN of the other side
+//!   (none) ───────▶ SynSent ──────────────────────────▶ Established ─────▶ Closing ─────────────────────────────▶ Closed
+//!     │                                                  ▲    │                                                     ▲
+//!     └── segment of a flow older than what we know ─────┘    └── RST from either side, from any state ────────────┘
+//! ```
+//!
+//! A segment after an RST takes the flow back to `Established`: the RST's sequence number is not checked here (the ends do,
+//! RFC 5961 §3), so a forged one may shorten a flow's idle time but must not end a flow that goes on. After both FINs only
+//! a SYN goes on, as a new flow.
+//!
+//! "Second side heard" means: where both directions pass (full NAT) a packet from the backend; where only the client's
+//! direction does, a segment without SYN from the client. Until then the flow is *unassured* and makes room for others when
+//! the table is full: so a SYN flood replaces itself and no established flow.
+
+use std::time::Duration;
+
+/// Idle time of a flow of which only the SYN was seen. Longer than the pause before the fourth retransmission of a SYN
+/// (1 + 2 + 4 + 8 s, RFC 6298 §5), after which most clients have given up.
+pub const SYN_SENT_IDLE: Duration = Duration::from_secs(30);
+/// Idle time after one side's FIN: the other side may still be sending. In `dsr` the backend's FIN is never seen, so every
+/// flow ends with this wait and a drain waits for it.
+pub const CLOSING_IDLE: Duration = Duration::from_secs(20);
+/// Idle time after an RST or both FINs: for retransmissions of the last segments.
+pub const CLOSED_IDLE: Duration = Duration::from_secs(5);
+
+/// State of a remembered flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum State {
+    /// TCP: only SYNs from the client so far.
+    SynSent,
+    /// TCP: segments pass.
+    Established,
+    /// TCP: one side has sent a FIN.
+    Closing,
+    /// TCP: RST, or both FINs.
+    Closed,
+    /// UDP.
+    Udp,
+}
+
+impl State {
+    /// The word used in `flows`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::SynSent => "syn_sent",
+            State::Established => "established",
+            State::Closing | State::Closed => "closing",
+            State::Udp => "udp",
+        }
+    }
+
+    /// How long a flow in this state may be silent. `idle` is the service's own setting for its protocol.
+    pub fn idle(self, idle: Duration) -> Duration {
+        match self {
+            State::SynSent => SYN_SENT_IDLE.min(idle),
+            State::Established | State::Udp => idle,
+            State::Closing => CLOSING_IDLE.min(idle),
+            State::Closed => CLOSED_IDLE.min(idle),
+        }
+    }
+}
+
+/// What a packet says about its flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Segment {
+    /// TCP with SYN and without ACK: opens a flow.
+    Syn,
+    /// TCP with FIN.
+    Fin,
+    /// TCP with RST.
+    Rst,
+    /// Any other TCP segment.
+    Tcp,
+    /// A UDP datagram.
+    Udp,
+}
+
+impl Segment {
+    /// From the flags of a TCP header (its byte 13, RFC 9293 §3.1). RST outranks SYN outranks FIN.
+    pub fn from_tcp_flags(flags: u8) -> Segment {
+        const FIN: u8 = 0x01;
+        const SYN: u8 = 0x02;
+        const RST: u8 = 0x04;
+        const ACK: u8 = 0x10;
+        if flags & RST != 0 {
+            Segment::Rst
+        } else if flags & (SYN | ACK) == SYN {
+            Segment::Syn
+        } else if flags & FIN != 0 {
+            Segment::Fin
+        } else {
+            Segment::Tcp
+        }
+    }
+}
+
+/// Which way a packet goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the client to the backend.
+    ToBackend,
+    /// From the backend to the client.
+    ToClient,
+}
+
+/// State with the marks that lead on from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Progress {
+    pub(crate) state: State,
+    /// Not evicted to make room.
+    pub(crate) assured: bool,
+    client_fin: bool,
+    backend_fin: bool,
+    /// Both directions pass here.
+    two_way: bool,
+    answered: bool,
+}
+
+impl Progress {
+    /// A flow whose first packet seen is `first`, from the client.
+    pub(crate) fn new(first: Segment, two_way: bool) -> Progress {
+        let mut progress = Progress {
+            state: State::Established,
+            assured: false,
+            client_fin: false,
+            backend_fin: false,
+            two_way,
+            answered: false,
+        };
+        match first {
+            Segment::Syn => progress.state = State::SynSent,
+            Segment::Udp => progress.state = State::Udp,
+            Segment::Tcp => {}
+            Segment::Fin => {
+                progress.client_fin = true;
+                progress.state = State::Closing;
+            }
+            Segment::Rst => progress.state = State::Closed,
+        }
+        progress
+    }
+
+    /// Takes note of a packet. `Segment::Syn` does not reopen: the caller forgets the flow where [`Self::reopens`] says so.
+    pub(crate) fn advance(&mut self, segment: Segment, direction: Direction) {
+        if direction == Direction::ToClient {
+            self.answered = true;
+        }
+        let confirmed = if self.two_way { self.answered } else { segment != Segment::Syn };
+        match segment {
+            Segment::Rst => self.state = State::Closed,
+            Segment::Udp => {}
+            Segment::Fin => {
+                match direction {
+                    Direction::ToBackend => self.client_fin = true,
+                    Direction::ToClient => self.backend_fin = true,
+                }
+                self.state = if self.client_fin && self.backend_fin { State::Closed } else { State::Closing };
+            }
+            Segment::Syn => {}
+            Segment::Tcp => match self.state {
+                State::SynSent if confirmed && direction == Direction::ToBackend => {
+                    self.state = State::Established;
+                }
+                State::Closed if !(self.client_fin && self.backend_fin) => {
+                    self.state =
+                        if self.client_fin || self.backend_fin { State::Closing } else { State::Established };
+                }
+                _ => {}
+            },
+        }
+        self.assured = match self.state {
+            State::Established => confirmed || self.assured,
+            State::Udp => confirmed,
+            State::SynSent | State::Closing | State::Closed => false,
+        };
+    }
+
+    /// Whether a SYN from the client begins a new flow of the same name.
+    pub(crate) fn reopens(&self) -> bool {
+        matches!(self.state, State::Closing | State::Closed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use Direction::{ToBackend, ToClient};
+
+    fn after(first: Segment, two_way: bool, rest: &[(Segment, Direction)]) -> Progress {
+        let mut progress = Progress::new(first, two_way);
+        for (segment, direction) in rest {
+            progress.advance(*segment, *direction);
+        }
+        progress
+    }
+
+    #[test]
+    fn flags_in_their_rank() {
+        assert_eq!(Segment::from_tcp_flags(0x02), Segment::Syn);
+        assert_eq!(Segment::from_tcp_flags(0xc2), Segment::Syn, "with ECN set-up");
+        assert_eq!(Segment::from_tcp_flags(0x12), Segment::Tcp, "SYN/ACK opens nothing");
+        assert_eq!(Segment::from_tcp_flags(0x11), Segment::Fin);
+        assert_eq!(Segment::from_tcp_flags(0x14), Segment::Rst);
+        assert_eq!(Segment::from_tcp_flags(0x06), Segment::Rst);
+        assert_eq!(Segment::from_tcp_flags(0x00), Segment::Tcp);
+    }
+
+    /// Every state against every segment and direction, for a flow that is seen both ways.
+    #[test]
+    fn every_state_and_segment() {
+        use Segment::{Fin, Rst, Syn, Tcp};
+        use State::{Closed, Closing, Established, SynSent};
+        let ways: [(&[(Segment, Direction)], State); 4] = [
+            (&[], SynSent),
+            (&[(Tcp, ToClient), (Tcp, ToBackend)], Established),
+            (&[(Tcp, ToClient), (Tcp, ToBackend), (Fin, ToBackend)], Closing),
+            (&[(Rst, ToClient)], Closed),
+        ];
+        let expected = [
+            // (Syn, Fin, Rst, Tcp) from the client, then from the backend
+            [SynSent, Closing, Closed, SynSent, SynSent, Closing, Closed, SynSent],
+            [Established, Closing, Closed, Established, Established, Closing, Closed, Established],
+            [Closing, Closing, Closed, Closing, Closing, Closed, Closed, Closing],
+            [Closed, Closing, Closed, Established, Closed, Closing, Closed, Established],
+        ];
+        for ((way, state), row) in ways.iter().zip(expected) {
+            let mut column = row.iter();
+            for direction in [ToBackend, ToClient] {
+                for segment in [Syn, Fin, Rst, Tcp] {
+                    let mut progress = after(Syn, true, way);
+                    assert_eq!(progress.state, *state);
+                    progress.advance(segment, direction);
+                    assert_eq!(Some(&progress.state), column.next(), "{state:?} {segment:?} {direction:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_flow_is_assured_when_its_other_side_was_heard() {
+        assert!(
+            !after(Segment::Syn, true, &[(Segment::Tcp, ToBackend); 3]).assured,
+            "a blind ACK proves nothing"
+        );
+        assert!(after(Segment::Syn, true, &[(Segment::Tcp, ToClient), (Segment::Tcp, ToBackend)]).assured);
+        assert!(after(Segment::Syn, false, &[(Segment::Tcp, ToBackend)]).assured);
+        assert!(!after(Segment::Syn, false, &[(Segment::Syn, ToBackend)]).assured);
+        assert!(!after(Segment::Udp, true, &[(Segment::Udp, ToBackend); 3]).assured);
+        assert!(after(Segment::Udp, true, &[(Segment::Udp, ToClient)]).assured);
+    }
+
+    #[test]
+    fn both_fins_end_it_and_a_late_segment_does_not_revive_it() {
+        let fins = [(Segment::Tcp, ToClient), (Segment::Fin, ToClient), (Segment::Fin, ToBackend)];
+        let mut progress = after(Segment::Syn, true, &fins);
+        assert_eq!(progress.state, State::Closed);
+        progress.advance(Segment::Tcp, ToClient);
+        assert_eq!(progress.state, State::Closed);
+        assert!(progress.reopens());
+    }
+}
