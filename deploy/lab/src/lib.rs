@@ -12,6 +12,7 @@
 
 #[allow(unsafe_code)]
 mod bpf;
+pub mod cluster;
 pub mod error;
 mod lab;
 mod net;
