@@ -500,6 +500,43 @@ struct WorkDir {
     keep: AtomicU32,
 }
 
+/// Directories of this process's labs, for [`clean_up_on_signals`].
+static DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// From now on SIGINT, SIGTERM and SIGHUP end the process after its labs' directories are removed. Everything else of a
+/// lab goes with the process by itself.
+pub fn clean_up_on_signals() {
+    use tokio::signal::unix::{SignalKind, signal};
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let waiting = std::thread::Builder::new().name("lab-signals".to_owned()).spawn(|| {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+                return;
+            };
+            let number = runtime.block_on(async {
+                let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = (
+                    signal(SignalKind::interrupt()),
+                    signal(SignalKind::terminate()),
+                    signal(SignalKind::hangup()),
+                ) else {
+                    return std::future::pending().await;
+                };
+                tokio::select! {
+                    _ = interrupt.recv() => libc::SIGINT,
+                    _ = terminate.recv() => libc::SIGTERM,
+                    _ = hangup.recv() => libc::SIGHUP,
+                }
+            });
+            for dir in DIRS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                let _ = std::fs::remove_dir_all(dir);
+            }
+            // As a shell reports a death by that signal.
+            std::process::exit(128 + number);
+        });
+        drop(waiting);
+    });
+}
+
 const DIR_PREFIX: &str = "komainu-lab-";
 
 impl WorkDir {
@@ -512,6 +549,7 @@ impl WorkDir {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = base.join(format!("{DIR_PREFIX}{pid}-{started}-{number}"));
         std::fs::create_dir(&path).map_err(|e| LabError::system(format!("make {}", path.display()), e))?;
+        DIRS.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
         Ok(WorkDir { path, keep: AtomicU32::new(0) })
     }
 }

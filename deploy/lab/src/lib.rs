@@ -13,18 +13,20 @@
 #[allow(unsafe_code)]
 mod bpf;
 pub mod cluster;
+pub mod demo;
 pub mod error;
 mod lab;
 mod net;
 pub mod netns;
 pub mod pcap;
 pub mod process;
+pub mod standard;
 mod tap;
 pub mod topology;
 pub mod traffic;
 pub mod watch;
 
 pub use error::{LabError, Result};
-pub use lab::{Host, Interface, Lab, mac_string};
+pub use lab::{Host, Interface, Lab, clean_up_on_signals, mac_string};
 pub use process::Process;
 pub use topology::{Standard, Topology, addr};
