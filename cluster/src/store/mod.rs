@@ -5,10 +5,15 @@
 //! the node then starts empty and comes back as a new Raft member.
 
 mod memory;
+mod record;
+mod sled;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 
 pub use self::memory::MemoryStore;
+pub use self::sled::{Opened, SetAside, SledStore, open};
 
 use crate::raft::{Persist, Restored};
 

@@ -1,0 +1,243 @@
+//! The same tests for every store, and those that only a disk needs.
+
+use std::fs;
+use std::path::Path;
+
+use proptest::prelude::*;
+use raft::eraftpb::{Entry, HardState, Snapshot};
+
+use super::*;
+use crate::raft::RaftId;
+
+fn entry(index: u64, term: u64, len: usize) -> Entry {
+    Entry { index, term, data: vec![index as u8; len], ..Entry::default() }
+}
+
+fn hard(term: u64, vote: u64, commit: u64) -> Option<HardState> {
+    Some(HardState { term, vote, commit })
+}
+
+fn snapshot(index: u64, term: u64, len: usize) -> Option<Snapshot> {
+    let mut s = Snapshot { data: vec![7; len], ..Snapshot::default() };
+    s.mut_metadata().index = index;
+    s.mut_metadata().term = term;
+    Some(s)
+}
+
+fn first() -> Persist {
+    let (raft_id, hard_state) = (Some(RaftId(0x1_0001)), hard(1, 0, 0));
+    Persist { number: 1, raft_id, hard_state, snapshot: snapshot(0, 0, 10), sync: true, ..Persist::default() }
+}
+
+fn appended(entries: Vec<Entry>) -> Persist {
+    Persist { entries, sync: true, ..Persist::default() }
+}
+
+fn reopened(dir: &Path) -> (SledStore, Restored) {
+    let mut opened = open(dir).expect("opens");
+    assert_eq!(opened.set_aside, []);
+    let restored = opened.store.load().expect("loads").expect("is not empty");
+    (opened.store, restored)
+}
+
+fn indices(restored: &Restored) -> Vec<(u64, u64)> {
+    restored.entries.iter().map(|e| (e.index, e.term)).collect()
+}
+
+#[test]
+fn a_new_store_is_empty() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut opened = open(&dir.path().join("made/on/the/way")).expect("opens");
+    assert_eq!(opened.store.load().expect("loads"), None);
+}
+
+#[test]
+fn what_was_written_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut store = open(dir.path()).expect("opens").store;
+    store.write(&first()).expect("writes");
+    store.write(&appended(vec![entry(1, 1, 10), entry(2, 1, 100_000), entry(3, 1, 0)])).expect("writes");
+    store.write(&Persist { hard_state: hard(2, 7, 1), sync: true, ..Persist::default() }).expect("writes");
+    drop(store);
+    let (mut store, restored) = reopened(dir.path());
+    assert_eq!(restored.raft_id, RaftId(0x1_0001));
+    assert_eq!(restored.hard_state, HardState { term: 2, vote: 7, commit: 1 });
+    assert_eq!(restored.entries, vec![entry(1, 1, 10), entry(2, 1, 100_000), entry(3, 1, 0)]);
+    // A conflicting tail is replaced, also by shorter entries than were there.
+    store.write(&appended(vec![entry(2, 2, 1)])).expect("writes");
+    drop(store);
+    let (mut store, restored) = reopened(dir.path());
+    assert_eq!(restored.entries, vec![entry(1, 1, 10), entry(2, 2, 1)]);
+    let compact = Persist { snapshot: snapshot(2, 2, 3_000_000), drop_through: 1, ..Persist::default() };
+    store.write(&Persist { hard_state: hard(2, 7, 2), ..compact }).expect("writes");
+    drop(store);
+    let (mut store, restored) = reopened(dir.path());
+    assert_eq!(
+        (restored.snapshot.clone(), indices(&restored)),
+        (snapshot(2, 2, 3_000_000).expect("made"), vec![(2, 2)])
+    );
+    let installed = Persist {
+        snapshot: snapshot(9, 3, 5),
+        reset_log: true,
+        hard_state: hard(3, 0, 9),
+        ..Persist::default()
+    };
+    store.write(&Persist { entries: vec![entry(10, 3, 1)], ..installed }).expect("writes");
+    drop(store);
+    let (store, restored) = reopened(dir.path());
+    assert_eq!(
+        (restored.snapshot.clone(), indices(&restored)),
+        (snapshot(9, 3, 5).expect("made"), vec![(10, 3)])
+    );
+    drop(store);
+    let snapshots = fs::read_dir(dir.path().join("store")).expect("lists").flatten();
+    let names: Vec<_> =
+        snapshots.map(|e| e.file_name()).filter(|n| n.to_string_lossy().starts_with("snap")).collect();
+    assert_eq!(names.len(), 1, "older snapshots are removed: {names:?}");
+}
+
+#[test]
+fn a_second_process_is_told_that_it_is_locked_out() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let _first = open(dir.path()).expect("opens");
+    let error = open(dir.path()).err().expect("is locked").to_string();
+    assert!(error.contains("another komainu is using it"), "{error}");
+}
+
+#[test]
+fn a_directory_that_is_none_is_refused_with_its_name() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("file");
+    fs::write(&file, b"x").expect("writes");
+    let error = open(&file).err().expect("is refused").to_string();
+    assert!(error.contains("file: ") && error.contains("must be a directory"), "{error}");
+}
+
+/// Whatever is done to the files, the node starts: on what was there, or on an empty store with the old one set aside.
+#[test]
+fn a_damaged_store_is_set_aside_and_never_deleted() {
+    let damage: [fn(&Path); 5] = [
+        |store| fs::write(store.join("snapshot-1"), b"nonsense").expect("writes"),
+        |store| fs::remove_file(store.join("snapshot-1")).expect("removes"),
+        |store| {
+            for file in fs::read_dir(store.join("log")).expect("lists").flatten() {
+                if file.file_name().to_string_lossy().starts_with("snap.") {
+                    fs::write(file.path(), b"nonsense").expect("writes");
+                }
+            }
+        },
+        |store| fs::write(store.join("log/db"), vec![0xa5; 600_000]).expect("writes"),
+        |store| {
+            let path = store.join("log/db");
+            let mut bytes = fs::read(&path).expect("reads");
+            let found = bytes.windows(8).rposition(|w| w == [2u8; 8]).expect("the entry's data is in there");
+            bytes[found] ^= 0xff;
+            fs::write(&path, bytes).expect("writes");
+        },
+    ];
+    for (i, damage) in damage.iter().enumerate() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut store = open(dir.path()).expect("opens").store;
+        store.write(&first()).expect("writes");
+        store.write(&appended(vec![entry(1, 1, 10), entry(2, 1, 1000)])).expect("writes");
+        store
+            .write(&Persist { hard_state: hard(1, 0, 2), sync: true, ..Persist::default() })
+            .expect("writes");
+        drop(store);
+        drop(open(dir.path()).expect("opens again"));
+        damage(&dir.path().join("store"));
+        let mut opened = open(dir.path()).expect("opens all the same");
+        assert_eq!(opened.store.load().expect("loads"), None, "damage {i}");
+        let [aside] = opened.set_aside.as_slice() else { panic!("damage {i}: {:?}", opened.set_aside) };
+        assert_eq!(aside.path, dir.path().join("store.bad-1"));
+        assert!(!aside.reason.is_empty() && aside.path.join("log/db").exists(), "damage {i}: {aside:?}");
+        // The empty one is usable, and what was set aside goes on being reported.
+        opened.store.write(&first()).expect("writes");
+        drop(opened);
+        assert_eq!(open(dir.path()).expect("opens").set_aside.len(), 1);
+    }
+}
+
+#[test]
+fn after_a_failed_write_nothing_more_is_written() {
+    let mut store = MemoryStore::new();
+    store.write(&first()).expect("writes");
+    store.fail_next_write("disk full");
+    assert!(store.write(&appended(vec![entry(1, 1, 1)])).is_err());
+    assert!(matches!(store.write(&appended(vec![entry(1, 1, 1)])), Err(StoreError::Broken(_))));
+    store.restart();
+    assert_eq!(store.load().expect("loads").expect("is not empty").entries, vec![]);
+}
+
+#[test]
+fn memory_loses_what_was_not_synced_and_only_that() {
+    let mut store = MemoryStore::new();
+    store.write(&first()).expect("writes");
+    store.write(&appended(vec![entry(1, 1, 1)])).expect("writes");
+    store.write(&Persist { sync: false, ..appended(vec![entry(2, 1, 1)]) }).expect("writes");
+    store.lose_unsynced();
+    assert_eq!(indices(&store.load().expect("loads").expect("is not empty")), vec![(1, 1)]);
+}
+
+/// One step of a store's life: how many entries to append, how far back they replace, how much to compact.
+#[derive(Clone, Debug)]
+enum Step {
+    Append { back: u64, count: u64, len: usize },
+    Compact { keep: u64 },
+    Install { ahead: u64 },
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0u64..3, 1u64..6, prop_oneof![0usize..100, 15_000usize..40_000])
+            .prop_map(|(back, count, len)| Step::Append { back, count, len }),
+        1 => (0u64..4).prop_map(|keep| Step::Compact { keep }),
+        1 => (1u64..5).prop_map(|ahead| Step::Install { ahead }),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// The store on disk holds what the one in memory does, whenever it is reopened.
+    #[test]
+    fn disk_and_memory_agree(steps in prop::collection::vec(step(), 1..20)) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut disk = open(dir.path()).expect("opens").store;
+        let mut memory = MemoryStore::new();
+        disk.write(&first()).expect("writes");
+        memory.write(&first()).expect("writes");
+        let (mut snap, mut last, mut term) = (0u64, 0u64, 1u64);
+        for step in steps.into_iter().chain([Step::Reopen]) {
+            let write = match step {
+                Step::Append { back, count, len } => {
+                    term += u64::from(back > 0);
+                    let from = last.saturating_sub(back).max(snap) + 1;
+                    last = from + count - 1;
+                    appended((from..=last).map(|i| entry(i, term, len)).collect())
+                }
+                Step::Compact { keep } => {
+                    snap = last;
+                    let drop_through = last.saturating_sub(keep);
+                    Persist { snapshot: snapshot(snap, term, 50), drop_through, ..Persist::default() }
+                }
+                Step::Install { ahead } => {
+                    last += ahead;
+                    snap = last;
+                    Persist { snapshot: snapshot(snap, term, 50), reset_log: true, ..Persist::default() }
+                }
+                Step::Reopen => {
+                    drop(disk);
+                    let (reopened, restored) = reopened(dir.path());
+                    disk = reopened;
+                    prop_assert_eq!(Some(restored), memory.load().expect("loads"));
+                    continue;
+                }
+            };
+            disk.write(&write).expect("writes");
+            memory.write(&write).expect("writes");
+        }
+    }
+}
