@@ -7,10 +7,12 @@
 //! |---|---|
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
 //! | [`health`] | health checks: probes, rise/fall counting, scheduling |
+//! | [`metrics`] | pages for machines: `/metrics`, `/healthz`, `/readyz` |
 //! | [`planner`] | replicated state → plan for the lane |
 //! | [`self_health`] | is this node fit to own a VIP group? |
 
 pub mod datapath;
 pub mod health;
+pub mod metrics;
 pub mod planner;
 pub mod self_health;
