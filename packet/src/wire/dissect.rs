@@ -367,7 +367,8 @@ fn transport(
             _ => Err(short),
         },
         proto::ICMPV6 if v6 => match data {
-            [kind, code, _, _, ..] => Ok(Transport::Icmpv6 { kind: *kind, code: *code }),
+            // The header proper is 4 bytes long, but no message is defined with fewer than 8.
+            [kind, code, _, _, _, _, _, _, ..] => Ok(Transport::Icmpv6 { kind: *kind, code: *code }),
             _ => Err(short),
         },
         _ => Ok(Transport::Other),

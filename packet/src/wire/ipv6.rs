@@ -162,8 +162,8 @@ pub struct FragmentHeader {
 /// later fragment: its payload has no headers.
 ///
 /// # Errors
-/// `Truncated`, `TooManyExtensions`, `SourceRouted`, and `TinyFragment` for a first fragment without the whole
-/// chain (RFC 7112).
+/// `Truncated`, `TooManyExtensions`, `SourceRouted`, `BadField` (hop-by-hop options elsewhere than first), and
+/// `TinyFragment` for a first fragment without the whole chain (RFC 7112).
 pub fn walk(next_header: u8, payload: &[u8]) -> Result<Walk, Malformed> {
     let mut walk = Walk { proto: next_header, offset: 0, fragment: None };
     for _ in 0..=MAX_EXTENSIONS {
@@ -172,6 +172,10 @@ pub fn walk(next_header: u8, payload: &[u8]) -> Result<Walk, Malformed> {
         // A second fragment header is left to the host, which drops it.
         if !known || (walk.proto == proto::FRAGMENT && walk.fragment.is_some()) {
             return Ok(walk);
+        }
+        // RFC 8200 §4.1: only directly behind the IPv6 header.
+        if walk.proto == proto::HOP_BY_HOP && walk.offset != 0 {
+            return Err(Malformed::BadField);
         }
         let short = if walk.fragment.is_some_and(|f| f.more) {
             Malformed::TinyFragment

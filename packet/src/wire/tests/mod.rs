@@ -207,6 +207,11 @@ fn each_broken_rule_has_its_name() {
             Jumbogram,
         ),
         ("routing header on its way", datagram_behind(43, &[17, 0, 0, 1, 0, 0, 0, 0]), SourceRouted),
+        (
+            "hop-by-hop options behind others",
+            datagram_behind(60, &[0, 0, 1, 4, 0, 0, 0, 0, 17, 0, 1, 4, 0, 0, 0, 0]),
+            BadField,
+        ),
         ("extension beyond the packet", datagram_behind(60, &[17, 9, 0, 0, 0, 0, 0, 0]), Truncated),
         (
             "source route option",

@@ -11,8 +11,7 @@ use super::bytes;
 enum L4 {
     Tcp { syn: bool, fin: bool, rst: bool, ack: Option<u32>, options: Vec<u8> },
     Udp,
-    EchoV4,
-    EchoV6,
+    Echo,
 }
 
 #[derive(Clone, Debug)]
@@ -36,7 +35,7 @@ fn l4() -> impl Strategy<Value = L4> {
     let tcp = (any::<(bool, bool, bool)>(), any::<Option<u32>>(), 0usize..10).prop_map(
         |((syn, fin, rst), ack, words)| L4::Tcp { syn, fin, rst, ack, options: vec![1; words * 4] },
     );
-    prop_oneof![tcp, Just(L4::Udp), Just(L4::EchoV4), Just(L4::EchoV6)]
+    prop_oneof![tcp, Just(L4::Udp), Just(L4::Echo)]
 }
 
 prop_compose! {
@@ -100,10 +99,8 @@ impl Spec {
                 ip.tcp_header(header).write(&mut frame, &self.payload).unwrap();
             }
             L4::Udp => ip.udp(self.ports.0, self.ports.1).write(&mut frame, &self.payload).unwrap(),
-            L4::EchoV4 => ip.icmpv4_echo_request(1, 2).write(&mut frame, &self.payload).unwrap(),
-            // The builder refuses ICMPv6 over IPv4: it has no pseudo-header.
-            L4::EchoV6 if self.v6 => ip.icmpv6_echo_request(1, 2).write(&mut frame, &self.payload).unwrap(),
-            L4::EchoV6 => ip.icmpv4_echo_reply(1, 2).write(&mut frame, &self.payload).unwrap(),
+            L4::Echo if self.v6 => ip.icmpv6_echo_request(1, 2).write(&mut frame, &self.payload).unwrap(),
+            L4::Echo => ip.icmpv4_echo_reply(1, 2).write(&mut frame, &self.payload).unwrap(),
         }
         frame.resize(frame.len() + self.padding, 0x5a);
         frame
@@ -114,8 +111,18 @@ impl Spec {
 fn compare(frame: &[u8]) -> Result<(), TestCaseError> {
     let Ok(ours) = dissect(frame) else { return Ok(()) };
     let Net::Ip(ip) = ours.net else { return Ok(()) };
-    // etherparse looks behind AH, and gives up on ICMPv6 and IGMP messages that are not whole; we don't look at them.
-    prop_assume!(!(ip.transport == Transport::Other && matches!(ip.proto, 1 | 2 | 51 | 58)));
+    // etherparse looks behind AH, and reads IGMP and ICMP of the other family; we don't.
+    if ip.transport == Transport::Other && matches!(ip.proto, 1 | 2 | 51 | 58) {
+        return Ok(());
+    }
+    // It takes an IPv6 payload length of 0 for "up to the end", whether or not that is a jumbogram's.
+    if ip.is_v6() && ip.len() == super::super::ipv6::HEADER_LEN {
+        return Ok(());
+    }
+    // It wants ICMP timestamps to be of one exact length.
+    if matches!(ip.transport, Transport::Icmp { kind: 13 | 14, .. }) {
+        return Ok(());
+    }
     let theirs = SlicedPacket::from_ethernet(frame);
     let theirs = match theirs {
         Ok(theirs) => theirs,
@@ -139,6 +146,11 @@ fn compare(frame: &[u8]) -> Result<(), TestCaseError> {
     let ips: (std::net::IpAddr, std::net::IpAddr) = (src, dst);
     prop_assert_eq!((ip.src, ip.dst, ip.ttl, ip.traffic_class), (ips.0, ips.1, ttl, tos));
     prop_assert_eq!(ip.fragment != Fragment::Whole, payload.fragmented);
+    // etherparse stops at the second extension header of a kind, and looks for some in later fragments.
+    let later = ip.is_v6() && matches!(ip.fragment, Fragment::Later { .. });
+    if later || matches!(payload.ip_number.0, 0 | 43 | 44 | 60) {
+        return Ok(());
+    }
     prop_assert_eq!(ip.proto, payload.ip_number.0);
     prop_assert_eq!(bytes::range(frame, ip.l4, ip.end), payload.payload);
     match (ip.transport, theirs.transport) {
