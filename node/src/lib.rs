@@ -5,12 +5,14 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`config`] | node file and cluster document: TOML in, resolved types out, all mistakes at once |
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
 //! | [`health`] | health checks: probes, rise/fall counting, scheduling |
 //! | [`metrics`] | pages for machines: `/metrics`, `/healthz`, `/readyz` |
 //! | [`planner`] | replicated state → plan for the lane |
 //! | [`self_health`] | is this node fit to own a VIP group? |
 
+pub mod config;
 pub mod datapath;
 pub mod health;
 pub mod metrics;

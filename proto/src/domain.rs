@@ -2,9 +2,7 @@
 //!
 //! Two kinds of state are never mixed: what the operator wants ([`AdminState`]) and what the checks saw ([`Health`]).
 
-use std::fmt;
 use std::net::IpAddr;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -28,11 +26,13 @@ pub struct ServiceId(pub u32);
 #[serde(transparent)]
 pub struct BackendId(pub u32);
 
-/// Declares an enum with one lower-case word for each variant, used alike in files, CLI, JSON and logs.
+/// Declares an enum with one lower-case word for each variant, used alike in files, CLI, JSON and logs. The calling crate
+/// depends on `serde`.
+#[macro_export]
 macro_rules! words {
     ($(#[$meta:meta])* $name:ident, $what:literal { $($(#[$vmeta:meta])* $variant:ident = $word:literal),+ $(,)? }) => {
         $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::serde::Serialize, ::serde::Deserialize)]
         pub enum $name { $($(#[$vmeta])* #[serde(rename = $word)] $variant),+ }
 
         impl $name {
@@ -45,17 +45,17 @@ macro_rules! words {
             }
         }
 
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.write_str(self.as_str()) }
+        impl ::std::fmt::Display for $name {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result { f.write_str(self.as_str()) }
         }
 
-        impl FromStr for $name {
-            type Err = UnknownWord;
+        impl ::std::str::FromStr for $name {
+            type Err = $crate::domain::UnknownWord;
 
-            fn from_str(s: &str) -> Result<Self, UnknownWord> {
+            fn from_str(s: &str) -> Result<Self, $crate::domain::UnknownWord> {
                 match s {
                     $($word => Ok($name::$variant),)+
-                    _ => Err(UnknownWord {
+                    _ => Err($crate::domain::UnknownWord {
                         what: $what,
                         value: s.to_owned(),
                         expected: [$($word),+].join(" | "),
