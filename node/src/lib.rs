@@ -5,16 +5,20 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`cli`] | the command line: a client of the admin API |
 //! | [`config`] | node file and cluster document: TOML in, resolved types out, all mistakes at once |
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
 //! | [`health`] | health checks: probes, rise/fall counting, scheduling |
 //! | [`metrics`] | pages for machines: `/metrics`, `/healthz`, `/readyz` |
 //! | [`planner`] | replicated state → plan for the lane |
+//! | [`render`] | answers of the API as people and as programs read them |
 //! | [`self_health`] | is this node fit to own a VIP group? |
 
+pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod health;
 pub mod metrics;
 pub mod planner;
+pub mod render;
 pub mod self_health;

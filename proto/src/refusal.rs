@@ -66,18 +66,23 @@ fn summary(problems: &[Problem]) -> String {
     }
 }
 
-/// One problem in words: field, value, reason.
+/// One problem in words: field, value, reason, what to do.
 pub fn text(problem: &Problem) -> String {
-    if problem.value.is_empty() {
-        format!("{}: {}", problem.field, problem.reason)
-    } else {
-        format!("{} = \"{}\": {}", problem.field, problem.value, problem.reason)
+    let Problem { field, value, reason, action } = problem;
+    let mut text = field.clone();
+    if !value.is_empty() {
+        text.push_str(&format!(" = {value}"));
     }
+    text.push_str(&format!(": {reason}"));
+    if !action.is_empty() {
+        text.push_str(&format!("; {action}"));
+    }
+    text
 }
 
 impl From<ConvertError> for Problem {
     fn from(error: ConvertError) -> Self {
-        Problem { field: error.field, value: error.value, reason: error.reason }
+        Problem { field: error.field, value: error.value, reason: error.reason, action: String::new() }
     }
 }
 
@@ -87,10 +92,14 @@ mod tests {
 
     #[test]
     fn problems_travel_in_a_status() {
-        let problem =
-            Problem { field: "service[web].port".into(), value: "0".into(), reason: "is no port".into() };
+        let problem = Problem {
+            field: "service[web].port".into(),
+            value: "0".into(),
+            reason: "is no port".into(),
+            action: "give one".into(),
+        };
         let sent = status(Code::InvalidArgument, vec![problem.clone(), Problem::default()]);
-        assert_eq!(sent.message(), "service[web].port = \"0\": is no port (and 1 more)");
+        assert_eq!(sent.message(), "service[web].port = 0: is no port; give one (and 1 more)");
         assert_eq!(problems(&sent), vec![problem, Problem::default()]);
     }
 

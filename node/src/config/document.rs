@@ -343,3 +343,6 @@ impl<'a> From<&'a Backend> for RawBackend<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -57,14 +57,16 @@ pub fn write_secret(path: &Path, secret: &[u8; SECRET_LEN]) -> Result<(), FileEr
     let mut file =
         std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|error| {
             let action = match error.kind() {
-                std::io::ErrorKind::AlreadyExists => "remove it first if the whole cluster is to get a new secret",
+                std::io::ErrorKind::AlreadyExists => {
+                    "remove it first if the whole cluster is to get a new secret"
+                }
                 _ => "name a file in a directory that you may write to",
             };
             FileError::new(format!("{}: can't be made: {error}", path.display()), action)
         })?;
-    file.write_all(secret_text(secret).as_bytes())
-        .and_then(|()| file.sync_all())
-        .map_err(|error| FileError::new(format!("{}: can't be written: {error}", path.display()), "make room"))
+    file.write_all(secret_text(secret).as_bytes()).and_then(|()| file.sync_all()).map_err(|error| {
+        FileError::new(format!("{}: can't be written: {error}", path.display()), "make room")
+    })
 }
 
 /// Reads a cluster secret.
@@ -107,8 +109,13 @@ fn parse_secret(text: &str) -> Option<[u8; SECRET_LEN]> {
 /// The file can't be read or holds nothing of that kind.
 pub fn read_pem(path: &Path, kind: &'static str) -> Result<String, FileError> {
     let text = read(path, "give the path of an existing PEM file")?;
-    let found = text.lines().any(|line| line.starts_with("-----BEGIN ") && line.ends_with(&format!("{kind}-----")));
-    if found { Ok(text) } else { Err(FileError::new(format!("holds no PEM {kind}"), "give a PEM file that does")) }
+    let found =
+        text.lines().any(|line| line.starts_with("-----BEGIN ") && line.ends_with(&format!("{kind}-----")));
+    if found {
+        Ok(text)
+    } else {
+        Err(FileError::new(format!("holds no PEM {kind}"), "give a PEM file that does"))
+    }
 }
 
 fn read(path: &Path, missing: &str) -> Result<String, FileError> {

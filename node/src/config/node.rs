@@ -180,7 +180,8 @@ impl NodeConfig {
         let read = Source::new(file, text).read(|root| {
             let id = node_id(root, "id");
             let name = node_name(root);
-            let role = root.required::<Word<Role>>("role", "add role = \"balancer\" or \"witness\"").map(|w| w.0);
+            let role =
+                root.required::<Word<Role>>("role", "add role = \"balancer\" or \"witness\"").map(|w| w.0);
             let data_dir = root.or("data_dir", PathBuf::from(DEFAULT_DATA_DIR));
             let run_dir = root.or("run_dir", PathBuf::from(DEFAULT_RUN_DIR));
             let service = service(root, role);
@@ -270,7 +271,11 @@ fn service(root: &mut Section<'_>, role: Option<Role>) -> Option<ServiceNetwork>
     }
     let gateway: Option<IpAddr> = section.optional("gateway");
     if gateway.is_some_and(|g| g.is_unspecified() || g.is_multicast() || g.is_loopback()) {
-        section.wrong("gateway", "can't be the address of a gateway", "give the router's address on this network");
+        section.wrong(
+            "gateway",
+            "can't be the address of a gateway",
+            "give the router's address on this network",
+        );
     }
     section.finish();
     Some(ServiceNetwork { interface: interface?, lane: lane?, gateway })
@@ -393,14 +398,15 @@ fn millis(section: &mut Section<'_>, key: &'static str, default: Duration) -> Op
 
 fn admin(root: &mut Section<'_>, look_at_files: bool) -> Option<RemoteAdmin> {
     let mut section = root.section("admin")?;
-    let tls = "remote administration is served over mutual TLS only: give cert_file, key_file and client_ca_file";
+    let tls =
+        "remote administration is served over mutual TLS only: give cert_file, key_file and client_ca_file";
     let wants = ["listen", "cert_file", "key_file", "client_ca_file"].iter().any(|key| section.has(key));
     if !wants {
         section.finish();
         return None;
     }
-    let listen: Option<SocketAddr> =
-        section.required("listen", "add listen = \"IP:7801\", or remove [admin]: the local socket is always there");
+    let listen: Option<SocketAddr> = section
+        .required("listen", "add listen = \"IP:7801\", or remove [admin]: the local socket is always there");
     if listen.is_some_and(|l| l.port() == 0) {
         section.wrong("listen", "has port 0", "give a port, e.g. 7801");
     }
@@ -489,3 +495,6 @@ impl std::str::FromStr for NodeConfig {
         NodeConfig::parse("node.toml", text)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -37,13 +37,24 @@ impl<'a> Source<'a> {
     pub fn read<T>(self, read: impl FnOnce(&mut Section<'_>) -> Option<T>) -> Result<Read<T>, ConfigError> {
         let (root, errors) = DeTable::parse_recoverable(self.text);
         for error in &errors {
-            self.note(error.span(), "", None, error.message().trim().to_owned(), "correct the TOML".to_owned());
+            self.note(
+                error.span(),
+                "",
+                None,
+                error.message().trim().to_owned(),
+                "correct the TOML".to_owned(),
+            );
         }
         let mut value = None;
         // Whatever a broken table says is not worth a second message.
         if errors.is_empty() {
-            let mut section =
-                Section { source: &self, table: root.get_ref(), path: String::new(), span: 0..0, known: Vec::new() };
+            let mut section = Section {
+                source: &self,
+                table: root.get_ref(),
+                path: String::new(),
+                span: 0..0,
+                known: Vec::new(),
+            };
             value = read(&mut section);
             section.finish();
         }
@@ -63,7 +74,14 @@ impl<'a> Source<'a> {
         self.text.as_bytes()[..start].iter().filter(|&&b| b == b'\n').count() + 1
     }
 
-    fn note(&self, span: Option<Range<usize>>, field: &str, value: Option<String>, reason: String, action: String) {
+    fn note(
+        &self,
+        span: Option<Range<usize>>,
+        field: &str,
+        value: Option<String>,
+        reason: String,
+        action: String,
+    ) {
         self.mistakes.borrow_mut().push(Mistake {
             file: self.file.to_owned(),
             line: span.map(|span| self.line(&span)),
@@ -217,7 +235,13 @@ impl<'a> Section<'a> {
                 DeValue::Array(array) if array.iter().any(|v| v.get_ref().is_table()) => None,
                 other => Some(show(other)),
             };
-            self.source.note(Some(key.span()), &self.field(name), shown, "is not a known key".to_owned(), action);
+            self.source.note(
+                Some(key.span()),
+                &self.field(name),
+                shown,
+                "is not a known key".to_owned(),
+                action,
+            );
         }
     }
 
