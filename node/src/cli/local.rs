@@ -3,23 +3,22 @@
 use std::path::Path;
 
 use clap::CommandFactory;
+use komainu_cluster::seal::{Key, KeyError};
 use serde_json::json;
 
 use super::CliError;
 use super::args::Cli;
 use super::output::Output;
-use crate::config::files;
 
 /// Makes a cluster secret.
 ///
 /// # Errors
 /// No random bytes, or the file exists or can't be written.
 pub fn keygen(output: &Output, file: Option<&Path>) -> Result<(), CliError> {
-    let secret = files::new_secret()
-        .map_err(|error| CliError::new(format!("the kernel gives no random bytes: {error}; try again")))?;
+    let key = Key::generate().map_err(|error| CliError::new(error.to_string()))?;
     match file {
         Some(path) => {
-            files::write_secret(path, &secret).map_err(|error| CliError::new(error.to_string()))?;
+            key.save(path).map_err(|error| CliError::new(save_failed(&error)))?;
             output.either(&json!({ "file": path }), || {
                 format!(
                     "wrote {}; copy it to every node and name it as cluster.secret_file\n",
@@ -28,9 +27,25 @@ pub fn keygen(output: &Output, file: Option<&Path>) -> Result<(), CliError> {
             })
         }
         None => {
-            let text = files::secret_text(&secret);
+            let text = key.to_text();
             output.either(&json!({ "secret": text.trim() }), || text.clone())
         }
+    }
+}
+
+fn save_failed(error: &KeyError) -> String {
+    match error {
+        KeyError::Io { path, source } if source.kind() == std::io::ErrorKind::AlreadyExists => format!(
+            "{}: exists already; remove it first if the whole cluster is to get a new secret",
+            path.display()
+        ),
+        KeyError::Io { path, source } => {
+            format!(
+                "{}: can't be written: {source}; name a file in a directory that you may write to",
+                path.display()
+            )
+        }
+        other => other.to_string(),
     }
 }
 

@@ -5,7 +5,7 @@
 //! | [`mistake`] | what is wrong with a file: where, which value, why, what to do |
 //! | [`reader`] | a TOML table read key by key; every mistake is noted, none stops the reading |
 //! | [`node`] | the node file, resolved and checked |
-//! | [`files`] | what the node file names: the cluster secret, certificates, keys |
+//! | [`files`] | certificates and keys that the node file or the command line names |
 //! | [`document`] | cluster document ⇄ TOML |
 //!
 //! As written and as resolved are two things: a [`reader::Section`] is the file as written, with lines; what comes out of

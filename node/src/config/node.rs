@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use komainu_cluster::seal::Key;
 use komainu_cluster::timing::Timing;
 use komainu_proto::domain::{NodeId, Role};
 use komainu_proto::words;
@@ -337,9 +338,9 @@ fn cluster(root: &mut Section<'_>, own_id: Option<NodeId>, look_at_files: bool) 
         );
     }
     if let (true, Some(file)) = (look_at_files, &secret_file)
-        && let Err(error) = files::read_secret(file)
+        && let Err(error) = Key::load(file)
     {
-        section.wrong("secret_file", error.reason, error.action);
+        section.wrong("secret_file", error.to_string(), "");
     }
     section.finish();
     Some(ClusterNetwork { listen: listen?, pair: pair?, secret_file, peers })
