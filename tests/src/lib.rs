@@ -1,1 +1,203 @@
-//! Placeholder.
+//! What the system tests share: a cluster of the real binary in a lab, with real servers and a wire listener.
+//!
+//! Whatever a test is about, it fails when two nodes ever answered for one VIP at the same time.
+
+// Only tests call this: a failure to set up is a failure of the test.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use komainu_lab::cluster::document::Service;
+use komainu_lab::cluster::{Cluster, Document, SOON, binary};
+use komainu_lab::pcap::Capture;
+use komainu_lab::standard::{self, BACKEND_HTTP, ECHO, HTTP};
+use komainu_lab::topology::{SERVICE, Standard, addr};
+use komainu_lab::traffic::server::Server;
+use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
+use komainu_lab::watch::{Watch, WireLog};
+use komainu_lab::{Host, Lab};
+
+/// How often the wire listener asks for each VIP.
+pub const PROBE: Duration = Duration::from_millis(4);
+/// How long a client waits for one answer.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Name of the VIP group of [`web_document`].
+pub const GROUP: &str = "web";
+/// Records the service network into each lab's directory when set. Only useful with `KOMAINU_LAB_KEEP`.
+const CAPTURE_VARIABLE: &str = "KOMAINU_LAB_PCAP";
+
+/// Tests that measure time run alone; the others side by side.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+/// How much of the machine a test needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// Others may run.
+    Shared,
+    /// The test measures time.
+    Alone,
+}
+
+#[derive(Debug)]
+enum Share {
+    Shared { _guard: RwLockReadGuard<'static, ()> },
+    Alone { _guard: RwLockWriteGuard<'static, ()> },
+}
+
+/// A cluster with everything around it. Dropping it checks that there never were two owners.
+#[derive(Debug)]
+pub struct Bed {
+    watch: Option<Watch>,
+    _capture: Option<Capture>,
+    /// The nodes, and the lab in `cluster.lab`.
+    pub cluster: Cluster,
+    /// Servers by host.
+    pub servers: BTreeMap<String, Server>,
+    _share: Share,
+}
+
+impl Bed {
+    /// Lab, servers and node files; nothing is started yet.
+    pub fn idle(machine: Machine, topology: Standard) -> Bed {
+        let share = match machine {
+            Machine::Shared => {
+                Share::Shared { _guard: MACHINE.read().unwrap_or_else(PoisonError::into_inner) }
+            }
+            Machine::Alone => {
+                Share::Alone { _guard: MACHINE.write().unwrap_or_else(PoisonError::into_inner) }
+            }
+        };
+        komainu_lab::clean_up_on_signals();
+        let lab = Lab::build(&topology.topology()).unwrap();
+        let servers = standard::servers(&lab).unwrap();
+        let capture = std::env::var_os(CAPTURE_VARIABLE)
+            .map(|_| Capture::start(&lab, SERVICE, &lab.dir().join("service.pcap")).unwrap());
+        let mut vips = addr::service(addr::VIP).to_vec();
+        vips.extend(addr::service(addr::SNAT));
+        let watch = Watch::start(&lab, &vips, PROBE).unwrap();
+        let cluster = Cluster::new(lab, binary().unwrap()).unwrap();
+        Bed { watch: Some(watch), _capture: capture, cluster, servers, _share: share }
+    }
+
+    /// The same, started, with `document` in force, an owner, and every backend up.
+    pub fn start(machine: Machine, topology: Standard, document: impl FnOnce(&Lab) -> Document) -> Bed {
+        let mut bed = Bed::idle(machine, topology);
+        bed.cluster.start_all().unwrap();
+        bed.cluster.wait_formed(SOON).unwrap();
+        let document = document(&bed.cluster.lab);
+        bed.cluster.apply("lb1", &document).unwrap();
+        bed.owner();
+        bed.cluster.wait_all_up(SOON).unwrap();
+        bed
+    }
+
+    /// The usual one: [`web_document`] on the standard topology.
+    pub fn web(machine: Machine) -> Bed {
+        Bed::start(machine, Standard::default(), web_document)
+    }
+
+    /// A host.
+    pub fn host(&self, name: &str) -> &Host {
+        self.cluster.lab.host(name)
+    }
+
+    /// The client on the service network.
+    pub fn client(&self) -> &Host {
+        self.host("client")
+    }
+
+    /// Waits until all running nodes name the same owner of the group.
+    pub fn owner(&self) -> String {
+        self.cluster.wait_owner(GROUP, SOON).unwrap()
+    }
+
+    /// Waits until the owner is another than `old`.
+    pub fn owner_other_than(&self, old: &str) -> String {
+        komainu_lab::cluster::wait_for(&format!("an owner other than {old}"), SOON, || {
+            match self.cluster.wait_owner(GROUP, SOON) {
+                Ok(owner) if owner != old => Ok(owner),
+                Ok(owner) => Err(format!("{owner} owns it")),
+                Err(e) => Err(e.to_string()),
+            }
+        })
+        .unwrap()
+    }
+
+    /// The balancer that isn't `node`.
+    pub fn other_than(&self, node: &str) -> String {
+        if node == "lb1" { "lb2".to_owned() } else { "lb1".to_owned() }
+    }
+
+    /// A stream of one datagram a millisecond to the echo service, already answered.
+    pub fn stream(&self) -> UdpStream {
+        let stream = UdpStream::start(self.client(), udp(0), StreamSpec::default()).unwrap();
+        assert!(stream.wait_answered(300, SOON), "no answers: {:?}", stream.report());
+        stream
+    }
+
+    /// What the wire has shown so far.
+    pub fn wire(&self) -> WireLog {
+        self.watch.as_ref().expect("it runs until the bed is dropped").log()
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let Some(watch) = self.watch.take() else { return };
+        let wire = watch.stop();
+        if !std::thread::panicking() {
+            wire.assert_one_owner();
+        }
+    }
+}
+
+/// The first VIP of a family: 0 is IPv4, 1 is IPv6.
+pub fn vip(family: usize) -> IpAddr {
+    addr::service(addr::VIP)[family]
+}
+
+/// The HTTP service of [`web_document`].
+pub fn http(family: usize) -> SocketAddr {
+    (vip(family), HTTP).into()
+}
+
+/// The TCP echo service of [`web_document`].
+pub fn tcp(family: usize) -> SocketAddr {
+    (vip(family), ECHO).into()
+}
+
+/// The UDP echo service of [`web_document`].
+pub fn udp(family: usize) -> SocketAddr {
+    (vip(family), ECHO).into()
+}
+
+/// Services in mode `nat`, for both families: `web`, `web6` (HTTP), `talk`, `talk6` (TCP echo), `echo`, `echo6` (UDP).
+pub fn web_document(lab: &Lab) -> Document {
+    let mut document = Document::default().group(standard::group(lab));
+    for (family, suffix) in ["", "6"].into_iter().enumerate() {
+        for (name, port, protocol, backend_port) in
+            [("web", HTTP, "tcp", BACKEND_HTTP), ("talk", ECHO, "tcp", ECHO), ("echo", ECHO, "udp", ECHO)]
+        {
+            document = document.service(standard::service(
+                lab,
+                &format!("{name}{suffix}"),
+                vip(family),
+                port,
+                protocol,
+                "nat",
+                backend_port,
+            ));
+        }
+    }
+    document
+}
+
+/// [`web_document`] with one IPv4 service more or less changed by `change`, as TOML.
+pub fn changed(lab: &Lab, change: impl FnOnce(&mut Service)) -> String {
+    let mut service = standard::service(lab, "extra", vip(0), 8081, "tcp", "nat", BACKEND_HTTP);
+    change(&mut service);
+    web_document(lab).service(service).to_toml()
+}

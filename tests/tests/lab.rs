@@ -1,5 +1,8 @@
 //! The lab does what the other tests rely on.
 
+// Helpers of tests: a failure to set up is a failure of the test.
+#![allow(clippy::unwrap_used)]
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};

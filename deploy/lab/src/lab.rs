@@ -361,6 +361,15 @@ impl Host {
         with_netlink(&self.ns, async |netlink| netlink.remove_route(route.to.0, route.to.1, route.via).await)
     }
 
+    /// Makes the host believe for good that `address` is at `mac`, whatever it hears.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_neighbour(&self, segment: &str, address: IpAddr, mac: [u8; 6]) -> Result<()> {
+        let index = self.on(segment).index;
+        with_netlink(&self.ns, async |netlink| netlink.set_neighbour(index, address, mac).await)
+    }
+
     /// Writes a kernel setting under `/proc/sys/net`, e.g. `ipv4/ip_forward`.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use std::pin::pin;
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
+use netlink_packet_route::neighbour::NeighbourState;
 use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::tc::{
     TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
@@ -151,6 +152,19 @@ impl Netlink {
             .execute()
             .await
             .map_err(LabError::netlink(format!("remove route {to}/{prefix} via {via}")))
+    }
+
+    /// A neighbour entry that the kernel neither doubts nor changes.
+    pub async fn set_neighbour(&self, index: u32, address: IpAddr, mac: [u8; 6]) -> Result<()> {
+        self.handle
+            .neighbours()
+            .add(index, address)
+            .link_layer_address(&mac)
+            .state(NeighbourState::Permanent)
+            .replace()
+            .execute()
+            .await
+            .map_err(LabError::netlink(format!("set neighbour {address}")))
     }
 
     /// Puts `program` on the way out of a port, in place of what was there; without a program the port is free again.

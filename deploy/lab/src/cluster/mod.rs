@@ -281,7 +281,15 @@ impl Cluster {
         self.run_here(Some(&self.node(name).host), &all)
     }
 
-    /// The same; anything but exit status 0 is an error.
+    /// Calls the CLI inside a node's host for a command that asks no node, such as `check`.
+    ///
+    /// # Errors
+    /// It can't be started or does not end.
+    pub fn local(&self, name: &str, args: &[&str]) -> Result<CliOutput> {
+        self.run_here(Some(&self.node(name).host), args)
+    }
+
+    /// The same as [`Cluster::cli`]; anything but exit status 0 is an error.
     ///
     /// # Errors
     /// As above, and when the command fails.

@@ -2,6 +2,7 @@
 
 pub mod http;
 pub mod pattern;
+pub mod ping;
 pub mod pinger;
 pub mod server;
 pub mod stream;
