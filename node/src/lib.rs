@@ -5,6 +5,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`check`] | `komainu check`: is the node file right, can this machine do it? |
 //! | [`cli`] | the command line: a client of the admin API |
 //! | [`config`] | node file and cluster document: TOML in, resolved types out, all mistakes at once |
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
@@ -14,6 +15,7 @@
 //! | [`render`] | answers of the API as people and as programs read them |
 //! | [`self_health`] | is this node fit to own a VIP group? |
 
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod datapath;

@@ -1,0 +1,89 @@
+//! `komainu check`: is the node file right, and can this machine do what it asks? The daemon asks the same questions
+//! before it starts anything, and refuses to start for the same reasons.
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`report`] | findings and how they are shown |
+//! | `machine` | clock, priorities, limits, forwarding |
+//! | `places` | directories, addresses |
+
+pub mod report;
+
+mod machine;
+mod places;
+
+use std::path::Path;
+
+use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane, Severity};
+
+pub use report::{Finding, Level, Report};
+
+use crate::config::{ConfigError, NodeConfig};
+
+/// Who asks: what a running daemon holds is no fault to an operator, and a good reason for another daemon not to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// `komainu check`.
+    Operator,
+    /// The daemon, before it starts.
+    Daemon,
+}
+
+/// Checks the file and the machine.
+pub fn check_file(path: &Path) -> Report {
+    match NodeConfig::load(path) {
+        Ok(config) => check(&config, Asker::Operator),
+        Err(error) => Report { findings: of_mistakes(&error) },
+    }
+}
+
+/// Checks the machine for a file that was found right.
+pub fn check(config: &NodeConfig, asker: Asker) -> Report {
+    let mut findings = vec![Finding::ok("node file", format!("{} is right", config.file.display()))];
+    let running = places::daemon_is_running(config);
+    if let Some(lane) = lane_config(config) {
+        lane_findings(&lane, &mut findings);
+        machine::reverse_path_filter(&lane, &mut findings);
+    }
+    machine::clock(&mut findings);
+    machine::priority(&mut findings);
+    machine::memory_lock(&mut findings);
+    machine::descriptors(&mut findings);
+    places::directories(config, &mut findings);
+    places::listeners(config, running, asker, &mut findings);
+    Report { findings }
+}
+
+/// Settings of the lane that this node runs; `None` on a witness.
+pub fn lane_config(config: &NodeConfig) -> Option<AfPacketConfig> {
+    let service = config.service.as_ref()?;
+    Some(AfPacketConfig::new(service.interface.clone(), config.inside_interface.clone()))
+}
+
+fn of_mistakes(error: &ConfigError) -> Vec<Finding> {
+    let finding = |m: &crate::config::Mistake| {
+        let whole = m.to_string();
+        // The action is shown by itself.
+        let text = whole.strip_suffix(&format!("; {}", m.action)).unwrap_or(&whole).to_owned();
+        Finding::fail("node file", text, m.action.clone())
+    };
+    error.mistakes.iter().map(finding).collect()
+}
+
+fn lane_findings(lane: &AfPacketConfig, findings: &mut Vec<Finding>) {
+    for found in AfPacketLane::check(lane) {
+        let subject = match &found.interface {
+            Some(name) => format!("interface {name}"),
+            None => "data path".to_owned(),
+        };
+        // The lane's messages say what is wrong and what to do in one sentence.
+        findings.push(match found.severity {
+            Severity::Refuse => Finding::fail(subject, found.message, String::new()),
+            Severity::Warn => Finding::warn(subject, found.message, String::new()),
+            Severity::Note => Finding::ok(subject, found.message),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;
