@@ -268,28 +268,29 @@ impl Tables {
             let what = format!("group \"{}\" number of addresses", group.name);
             return Err(refuse(&what, all, format!("at most {MAX_GROUP_ADDRESSES}")));
         }
-        let kinds: [(&str, &[IpAddr], fn(&mut Owned)); 3] = [
-            ("vips", &group.vips, |o| o.vip = true),
-            ("inside_vips", &group.inside_vips, |o| o.inside = true),
-            ("snat", &group.snat, |o| o.snat = true),
-        ];
-        for (field, addresses, mark) in kinds {
-            for &address in addresses {
-                let what = format!("group \"{}\" {field}", group.name);
-                if address.is_unspecified() || address.is_multicast() || address.is_loopback() {
-                    return Err(refuse(&what, address, "no machine can have it".to_owned()));
-                }
-                let owned = self.owned.entry(address).or_insert(Owned {
-                    group: group.id,
-                    vip: false,
-                    inside: false,
-                    snat: false,
-                });
-                if owned.group != group.id {
-                    return Err(refuse(&what, address, "it belongs to another group too".to_owned()));
-                }
-                mark(owned);
+        self.own(group, "vips", &group.vips, |o| o.vip = true)?;
+        self.own(group, "inside_vips", &group.inside_vips, |o| o.inside = true)?;
+        self.own(group, "snat", &group.snat, |o| o.snat = true)
+    }
+
+    fn own(
+        &mut self,
+        group: &GroupPlan,
+        field: &str,
+        addresses: &[IpAddr],
+        mark: fn(&mut Owned),
+    ) -> Result<(), PlanError> {
+        for &address in addresses {
+            let what = format!("group \"{}\" {field}", group.name);
+            if address.is_unspecified() || address.is_multicast() || address.is_loopback() {
+                return Err(refuse(&what, address, "no machine can have it".to_owned()));
             }
+            let nothing = Owned { group: group.id, vip: false, inside: false, snat: false };
+            let owned = self.owned.entry(address).or_insert(nothing);
+            if owned.group != group.id {
+                return Err(refuse(&what, address, "it belongs to another group too".to_owned()));
+            }
+            mark(owned);
         }
         Ok(())
     }

@@ -205,7 +205,7 @@ impl Core {
     ) -> Result<Verdict, Stop> {
         let t = cx.tables;
         if let Some(service) = t.service_at(ip.dst, dst_port, protocol) {
-            return self.to_backend(cx, frame, d, ip, service, src_port, segment);
+            return self.forward_request(cx, frame, d, ip, service, src_port, segment);
         }
         if let Some(owned) = t.owned(ip.dst) {
             if owned.snat {

@@ -20,7 +20,7 @@ impl Core {
     /// In `dsr` the TTL is not touched: the frame is passed on within its segment, as a bridge does, and not a byte of the IP
     /// packet changes. In the NAT modes it is routed and loses a hop (RFC 1812 §5.3.1), so that a loop between balancers ends.
     #[allow(clippy::too_many_arguments)]
-    pub(crate) fn to_backend(
+    pub(crate) fn forward_request(
         &mut self,
         cx: &Cx<'_>,
         frame: &mut FrameMut<'_>,

@@ -130,7 +130,7 @@ impl Engine {
 
     /// Puts compiled tables in force as a whole. Flows and counters of what stays survive.
     pub fn swap(&mut self, tables: Arc<Tables>, _now: BootTime) {
-        self.core.states.swap(&tables);
+        self.core.states.swap(&self.tables, &tables);
         self.tables = tables;
     }
 

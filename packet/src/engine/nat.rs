@@ -93,7 +93,8 @@ impl Core {
         let service = &cx.tables.services()[usize::from(index)];
         let ends =
             Ends { src: Some((service.vip, service.port)), dst: Some((client.client, client.client_port)) };
-        let verdict = self.to_client(cx, frame, d, ip, service, number, (client.client, ip.dst), ends)?;
+        let verdict =
+            self.forward_answer(cx, frame, d, ip, service, number, (client.client, ip.dst), ends)?;
         let (before, after) = self.flows.touch(id, segment, Direction::ToClient, service.idle, cx.now);
         self.states.moved(number, before, after);
         Ok(verdict)
@@ -114,7 +115,8 @@ impl Core {
         let service = &cx.tables.services()[usize::from(index)];
         let number = self.states.backend_number(index, backend);
         let ends = Ends { src: Some((service.vip, service.port)), dst: None };
-        let verdict = self.to_client(cx, frame, d, ip, service, number, (ip.dst, service.inside), ends)?;
+        let verdict =
+            self.forward_answer(cx, frame, d, ip, service, number, (ip.dst, service.inside), ends)?;
         // The way back needs no flow; where flows are remembered at all, it still tells when one ends.
         let state = self.states.number(index);
         if self.states.service(state).remembered > 0
@@ -130,7 +132,7 @@ impl Core {
 
     /// What both have in common. `client` is where it goes, `router` who tells the backend when it can't.
     #[allow(clippy::too_many_arguments)]
-    fn to_client(
+    fn forward_answer(
         &mut self,
         cx: &Cx<'_>,
         frame: &mut FrameMut<'_>,

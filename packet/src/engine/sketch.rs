@@ -48,7 +48,7 @@ impl Sketch {
         let mut empty = 0;
         for i in 0..REGISTERS {
             let rank = current.map_or(0, |w| w[i]).max(previous.map_or(0, |w| w[i]));
-            sum += f64::powi(2.0, -i32::from(rank));
+            sum += 1.0 / (1u64 << rank) as f64;
             empty += u32::from(rank == 0);
         }
         let m = REGISTERS as f64;

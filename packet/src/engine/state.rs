@@ -4,13 +4,13 @@
 //! change of plan touches no flow: a flow whose backend is gone finds that its state stands in no table any more. A service
 //! or backend that comes back with another address is another state.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use crate::flow::{Flow, State};
 use crate::lane::BackendCounters;
 use crate::plan::{Mode, Protocol};
-use crate::tables::{Service, Tables};
+use crate::tables::{Backend, Service, Tables};
 use crate::time::BootTime;
 
 use super::sketch::Sketch;
@@ -52,6 +52,12 @@ impl BackendState {
     pub(crate) fn open_flows(&self) -> u32 {
         self.flows.saturating_sub(self.closed)
     }
+}
+
+/// Whether two lists of backends have the same states: the service itself must be the same too.
+fn same_backends(a: &Service, b: &Service) -> bool {
+    let identity = |b: &Backend| (b.id, b.address, b.port);
+    a.backends.iter().map(identity).eq(b.backends.iter().map(identity))
 }
 
 /// All states, and which belong to the tables in force.
@@ -127,51 +133,58 @@ impl States {
         }
     }
 
-    /// Finds or makes the states of new tables.
-    pub(crate) fn swap(&mut self, tables: &Tables) {
-        let mut known = HashMap::new();
-        let mut known_backends = HashMap::new();
-        for (number, service) in self.services.iter_mut().enumerate() {
-            service.index = None;
-            known.insert(service.identity, number as u32);
-        }
-        for (number, backend) in self.backends.iter_mut().enumerate() {
-            backend.index = None;
-            known_backends.insert(backend.identity, number as u32);
-        }
+    /// Finds or makes the states of new tables, where `old` are in force. Runs on the packet thread: a service whose backends
+    /// did not change costs no look-up for each of them.
+    pub(crate) fn swap(&mut self, old: &Tables, tables: &Tables) {
+        let before = old.services().iter().zip(std::mem::take(&mut self.in_force));
+        let mut before: HashMap<u32, (&Service, Box<[u32]>)> =
+            before.map(|(service, (number, backends))| (number, (service, backends))).collect();
+        self.services.iter_mut().for_each(|s| s.index = None);
+        self.backends.iter_mut().for_each(|b| b.index = None);
         // A freed state keeps its identity until its number is given away; it must not be found by it.
-        for number in &self.free_services {
-            known.remove(&self.services[*number as usize].identity);
-        }
-        for number in &self.free_backends {
-            known_backends.remove(&self.backends[*number as usize].identity);
-        }
+        let free: HashSet<u32> = self.free_services.iter().copied().collect();
+        let numbered = self.services.iter().enumerate().map(|(number, s)| (s.identity, number as u32));
+        let known: HashMap<_, u32> = numbered.filter(|(_, number)| !free.contains(number)).collect();
+        let mut known_backends = None;
+
         let mut in_force = Vec::with_capacity(tables.services().len());
         for (index, service) in tables.services().iter().enumerate() {
             let identity = (service.id, service.vip, service.port, service.protocol, service.mode);
             let number = known.get(&identity).copied().unwrap_or_else(|| self.new_service(identity));
             self.services[number as usize].index = Some(index as u16);
-            let backends = self.swap_backends(number, service, &known_backends);
-            in_force.push((number, backends));
+            let numbers = match before.remove(&number) {
+                Some((before, numbers)) if same_backends(before, service) => numbers,
+                _ => {
+                    let known = known_backends.get_or_insert_with(|| self.known_backends());
+                    self.backend_numbers(number, service, known)
+                }
+            };
+            for (index, &number) in numbers.iter().enumerate() {
+                self.backends[number as usize].index = Some(index as u16);
+            }
+            in_force.push((number, numbers));
         }
         self.in_force = in_force;
         self.free_unused();
     }
 
-    fn swap_backends(
+    fn known_backends(&self) -> HashMap<(u32, u32, IpAddr, u16), u32> {
+        let free: HashSet<u32> = self.free_backends.iter().copied().collect();
+        let numbered = self.backends.iter().enumerate().map(|(number, b)| (b.identity, number as u32));
+        numbered.filter(|(_, number)| !free.contains(number)).collect()
+    }
+
+    fn backend_numbers(
         &mut self,
         service_number: u32,
         service: &Service,
         known: &HashMap<(u32, u32, IpAddr, u16), u32>,
     ) -> Box<[u32]> {
-        let mut numbers = Vec::with_capacity(service.backends.len());
-        for (index, backend) in service.backends.iter().enumerate() {
-            let identity = (service_number, backend.id, backend.address, backend.port);
-            let number = known.get(&identity).copied().unwrap_or_else(|| self.new_backend(identity));
-            self.backends[number as usize].index = Some(index as u16);
-            numbers.push(number);
-        }
-        numbers.into_boxed_slice()
+        let number = |b: &Backend| {
+            let identity = (service_number, b.id, b.address, b.port);
+            known.get(&identity).copied().unwrap_or_else(|| self.new_backend(identity))
+        };
+        service.backends.iter().map(number).collect()
     }
 
     fn new_service(&mut self, identity: (u32, IpAddr, u16, Protocol, Mode)) -> u32 {

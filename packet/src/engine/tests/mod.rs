@@ -1,1 +1,13 @@
+//! The engine from outside: frames in, frames and counters out. Frames are built and read by etherparse, so that no mistake of
+//! our own wire formats hides itself.
 
+mod arp_nd;
+mod choice;
+mod fragments;
+mod icmp;
+mod limits;
+mod modes;
+mod robust;
+mod world;
+
+use world::*;
