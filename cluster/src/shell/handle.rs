@@ -77,6 +77,8 @@ pub(crate) trait Backstage: Send + Sync {
     ) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes, QueryError>> + Send + '_>>;
     fn observe(&self, observations: Vec<Observation>);
     fn set_self_health(&self, health: SelfHealth);
+    /// The lane has new tables.
+    fn installed(&self);
     /// The view at this moment.
     fn live(&self) -> View;
     /// The wall clock, ms since 1970.
@@ -169,6 +171,11 @@ impl ClusterHandle {
     /// Tells what this node knows of its own fitness.
     pub fn set_self_health(&self, health: SelfHealth) {
         self.backstage.set_self_health(health);
+    }
+
+    /// Tells that [`crate::api::DataPath::installed_index`] has risen. Without the call it is noticed within a beat.
+    pub fn installed(&self) {
+        self.backstage.installed();
     }
 
     /// Asks a node's [`super::QueryHandler`], this node's own included.

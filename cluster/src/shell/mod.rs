@@ -8,16 +8,30 @@
 //!
 //! A panic in the beat thread or the Raft thread aborts the process: a crash is a failover, a half-dead node is an outage.
 
+mod beat;
+mod client;
+mod clock;
+mod driver;
+mod facts;
+mod guard;
 mod handle;
+mod server;
+mod start;
+mod streams;
+#[cfg(test)]
+mod tests;
 mod view;
+mod wire;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard};
 
 use bytes::Bytes;
 use komainu_proto::domain::NodeId;
 
 pub use handle::{ClusterHandle, ProposeError, QueryError};
+pub use start::start;
 pub use view::{LeaseView, MemberView, Quorum, View};
 
 use crate::api::NodeIdentity;
@@ -70,6 +84,9 @@ pub enum StartError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// What the store holds is not for this node, or can't be read by this version.
+    #[error(transparent)]
+    Core(#[from] crate::core::StartError),
     /// No randomness.
     #[error(transparent)]
     Key(#[from] KeyError),
@@ -81,4 +98,8 @@ pub enum StartError {
         /// The system's answer.
         source: std::io::Error,
     },
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("whoever panicked with the lock has ended the process: a crash is a failover")
 }

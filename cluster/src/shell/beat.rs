@@ -1,0 +1,168 @@
+//! The beat thread: beats, leases, and the datagrams that votes travel in.
+//!
+//! It waits for its socket, a wake-up and its next deadline, and for nothing else: no disk, no task, no lock that is held
+//! across either. All it does under the lock of [`Pulse`] takes microseconds.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crossbeam_channel::Sender;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::EventFd;
+use nix::sys::time::TimeSpec;
+use prost_raft::Message as _;
+use raft::eraftpb::Message;
+
+use super::clock;
+use super::driver::Event;
+use super::guard::{AbortOnPanic, be_prompt};
+use crate::api::{LeaseUpdate, SharedDataPath};
+use crate::pulse::{Beat, Output, Pulse};
+use crate::seal::{Kind, ReplayGuard, Sealer};
+use komainu_proto::domain::NodeId;
+
+/// Longest datagram that is read; a beat is 1200 bytes, a vote far less.
+const MAX_DATAGRAM: usize = 2048;
+/// Datagrams read before deadlines are looked at again: a flood must not delay a beat.
+const MAX_BATCH: usize = 64;
+
+/// Wakes the beat thread. Cheap, never blocks.
+#[derive(Clone, Debug)]
+pub(super) struct Waker(Arc<EventFd>);
+
+impl Waker {
+    pub(super) fn new() -> io::Result<Waker> {
+        use nix::sys::eventfd::EfdFlags;
+        Ok(Waker(Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?)))
+    }
+
+    pub(super) fn wake(&self) {
+        // It only fails when the counter is full: then the thread is to be woken anyway.
+        let _ = self.0.write(1);
+    }
+}
+
+/// What the beat thread works with.
+pub(super) struct BeatThread {
+    pub(super) node: NodeId,
+    pub(super) socket: UdpSocket,
+    pub(super) waker: Waker,
+    pub(super) pulse: Arc<Mutex<Pulse>>,
+    pub(super) sealer: Arc<Sealer>,
+    pub(super) data_path: Option<SharedDataPath>,
+    /// To the Raft thread. Bounded: what does not fit is a vote or heartbeat, which may be lost.
+    pub(super) events: Sender<Event>,
+    /// Tells the Raft thread that there is something to decide, also when `events` is full.
+    pub(super) prompted: Arc<AtomicBool>,
+    pub(super) stop: Arc<AtomicBool>,
+    pub(super) notes: Arc<Mutex<Vec<String>>>,
+}
+
+impl BeatThread {
+    /// Runs until told to stop; then the lane has no lease any more.
+    pub(super) fn run(self) {
+        let _guard = AbortOnPanic("beat");
+        let notes = be_prompt();
+        for note in &notes {
+            tracing::warn!("{note}");
+        }
+        super::lock(&self.notes).extend(notes);
+        let mut guards = [ReplayGuard::default(), ReplayGuard::default()];
+        let mut buffer = [0; MAX_DATAGRAM];
+        while !self.stop.load(Ordering::Acquire) {
+            let deadline = self.round(&mut guards, &mut buffer);
+            let wait = deadline.since(clock::at());
+            let mut fds = [
+                PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.waker.0.as_fd(), PollFlags::POLLIN),
+            ];
+            // Interrupted by a signal or woken for nothing: the next round finds out what there is to do.
+            if ppoll(&mut fds, Some(TimeSpec::from_duration(wait)), None).is_ok_and(|n| n > 0) {
+                let _ = self.waker.0.read();
+            }
+        }
+        self.fall_silent();
+    }
+
+    /// Takes in what has arrived and does what is due. Answers when to look again.
+    fn round(&self, guards: &mut [ReplayGuard; 2], buffer: &mut [u8]) -> crate::time::Instant {
+        for _ in 0..MAX_BATCH {
+            match self.socket.recv_from(buffer) {
+                Ok((len, source)) => self.datagram(guards, source, &buffer[..len]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                // An ICMP error about an earlier datagram: the peer is not there. Its silence says the same.
+                Err(_) => {}
+            }
+        }
+        let mut pulse = super::lock(&self.pulse);
+        let now = clock::at();
+        if let Some(data_path) = &self.data_path {
+            pulse.set_installed(data_path.installed_index(), now);
+        }
+        pulse.handle_timeout(now);
+        while let Some(output) = pulse.poll_output() {
+            self.carry_out(output);
+        }
+        pulse.next_deadline()
+    }
+
+    fn datagram(&self, guards: &mut [ReplayGuard; 2], source: SocketAddr, sealed: &[u8]) {
+        let Ok(kind @ (Kind::Beat | Kind::Vote)) = self.sealer.peek(sealed) else { return };
+        let Ok(opened) = self.sealer.open(kind, &context(self.node), sealed) else { return };
+        let guard = &mut guards[usize::from(kind == Kind::Vote)];
+        if guard.accept(&opened).is_err() {
+            return;
+        }
+        if kind == Kind::Beat {
+            match Beat::decode(&opened.plain) {
+                // What is not taken in is counted by `Pulse`.
+                Ok(beat) => _ = super::lock(&self.pulse).handle_beat(source, beat, clock::at()),
+                Err(e) => tracing::debug!(%source, "a sealed beat that is none: {e}"),
+            }
+        } else if let Ok(message) = Message::decode(opened.plain.as_slice()) {
+            let _ = self.events.try_send(Event::Message(message));
+        }
+    }
+
+    fn carry_out(&self, output: Output) {
+        match output {
+            Output::Lease { group, lease } => {
+                if let Some(data_path) = &self.data_path {
+                    data_path.set_lease(group, lease);
+                }
+            }
+            Output::Announce { group } => {
+                if let Some(data_path) = &self.data_path {
+                    data_path.announce(group);
+                }
+            }
+            Output::Send { to, address, beat } => {
+                let (bytes, _) = beat.encode();
+                let sealed = self.sealer.seal(Kind::Beat, &context(to), &bytes);
+                // A beat that can't be sent now is worth nothing later.
+                let _ = self.socket.send_to(&sealed, address);
+            }
+            Output::Prompt => {
+                self.prompted.store(true, Ordering::Release);
+                let _ = self.events.try_send(Event::Prompt);
+            }
+        }
+    }
+
+    /// No lease outlives the thread that renews it.
+    fn fall_silent(&self) {
+        let Some(data_path) = &self.data_path else { return };
+        let leases: Vec<_> = super::lock(&self.pulse).leases().collect();
+        for (group, lease) in leases {
+            data_path.set_lease(group, LeaseUpdate { epoch: lease.epoch, ..LeaseUpdate::default() });
+        }
+    }
+}
+
+/// What a datagram's seal says beside its kind: for whom it is.
+pub(super) fn context(to: NodeId) -> [u8; 8] {
+    to.0.to_be_bytes()
+}
