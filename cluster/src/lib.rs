@@ -10,6 +10,8 @@ pub mod pulse;
 pub mod raft;
 pub mod seal;
 pub mod shell;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;
 pub mod state;
 pub mod store;
 pub mod time;

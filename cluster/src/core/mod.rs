@@ -355,10 +355,14 @@ impl Core {
 
     /// When [`Core::handle_timeout`] is to be called at the latest.
     pub fn next_deadline(&self) -> Instant {
+        self.deadline(&self.lock())
+    }
+
+    /// [`Core::next_deadline`] for one who holds the lock already.
+    pub fn deadline(&self, pulse: &Pulse) -> Instant {
         let mut next = if self.is_leader() {
             self.next_tick
         } else if self.raft.raft.promotable() {
-            let pulse = self.lock();
             self.election.deadline(pulse.heard_leader_at()).max(pulse.promise_free_at())
         } else {
             self.now.at.after(self.config.timing.election_max)

@@ -3,6 +3,7 @@
 //! Everything since the newest snapshot is here, bounded by compaction; the disk is only written ([`super::Persist`])
 //! and read once at start. So `raft` never waits for a read, and what it may read does not depend on what is on disk.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
@@ -28,6 +29,8 @@ pub struct Log {
     before: (u64, u64),
     entries: VecDeque<Entry>,
     bytes: usize,
+    /// A follower needs a snapshot and the newest one is of no use to it.
+    outdated: Cell<bool>,
 }
 
 impl Log {
@@ -94,6 +97,9 @@ impl Log {
     /// Whether enough has been applied since the last snapshot to make a new one.
     pub fn wants_compaction(&self, applied: u64) -> bool {
         let since = applied.saturating_sub(self.snapshot.get_metadata().index);
+        if since > 0 && self.outdated.get() {
+            return true;
+        }
         since >= COMPACT_ENTRIES as u64 || (since > 0 && self.bytes >= COMPACT_BYTES)
     }
 
@@ -102,6 +108,7 @@ impl Log {
     pub fn compact(&mut self, snapshot: Snapshot) -> u64 {
         let index = snapshot.get_metadata().index;
         self.snapshot = snapshot;
+        self.outdated.set(false);
         let keep_from =
             if self.bytes >= COMPACT_BYTES { index } else { index.saturating_sub(KEEP_ENTRIES as u64) };
         while self.entries.front().is_some_and(|e| e.index <= keep_from) {
@@ -186,8 +193,12 @@ impl Storage for Log {
         Ok(self.last())
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        if self.snapshot.get_metadata().index < request_index {
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let meta = self.snapshot.get_metadata();
+        // A node refuses a snapshot of a configuration that it isn't in.
+        let conf = meta.get_conf_state();
+        if meta.index < request_index || !conf.voters.iter().chain(&conf.learners).any(|id| *id == to) {
+            self.outdated.set(true);
             return Err(StorageError::SnapshotTemporarilyUnavailable.into());
         }
         Ok(self.snapshot.clone())
@@ -260,6 +271,19 @@ mod tests {
         assert_eq!(read(0), 1);
         assert_eq!(read(80), 2);
         assert_eq!(read(u64::MAX), 5);
+    }
+
+    #[test]
+    fn a_snapshot_that_its_receiver_would_refuse_is_made_anew() {
+        let mut log = log(5);
+        log.compact(snapshot(3, 1));
+        assert!(!log.wants_compaction(5));
+        assert!(log.snapshot(0, 7).is_err());
+        assert!(log.wants_compaction(5));
+        let mut newer = snapshot(5, 1);
+        newer.mut_metadata().mut_conf_state().learners.push(7);
+        log.compact(newer);
+        assert_eq!(log.snapshot(0, 7).unwrap().get_metadata().index, 5);
     }
 
     #[test]

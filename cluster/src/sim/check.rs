@@ -1,0 +1,91 @@
+//! The invariants.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use komainu_proto::domain::{GroupId, NodeId};
+
+use super::machine::{Machine, Time};
+use crate::state::State;
+
+/// States kept to compare those of slower nodes with.
+const STATES: usize = 512;
+
+/// What has been seen so far.
+#[derive(Default)]
+pub struct Checker {
+    /// Highest epoch under which each group was answered for, and by whom.
+    epochs: BTreeMap<GroupId, (u64, NodeId)>,
+    states: BTreeMap<u64, Arc<State>>,
+    /// Revision and author of every change that was acknowledged.
+    acknowledged: Vec<(u64, String)>,
+}
+
+impl Checker {
+    /// At most one node answers for a group at any instant of true time, and epochs rise.
+    pub fn leases(&mut self, machines: &BTreeMap<u64, Machine>, t: Time) -> Result<(), String> {
+        let groups: std::collections::BTreeSet<GroupId> =
+            machines.values().flat_map(|m| m.lane.keys().copied()).collect();
+        for group in groups {
+            let holders: Vec<(NodeId, u64)> =
+                machines.values().filter_map(|m| m.answers(group, t).map(|e| (m.identity.id, e))).collect();
+            if holders.len() > 1 {
+                return Err(format!("group {} is answered for by {holders:?}", group.0));
+            }
+            if let Some(&(node, epoch)) = holders.first() {
+                let highest = self.epochs.entry(group).or_insert((epoch, node));
+                if epoch < highest.0 || (epoch == highest.0 && node != highest.1) {
+                    return Err(format!(
+                        "group {}: node {} under epoch {epoch} after node {} under {}",
+                        group.0, node.0, highest.1.0, highest.0
+                    ));
+                }
+                *highest = (epoch, node);
+            }
+        }
+        Ok(())
+    }
+
+    /// Every node has the same state at the same index.
+    pub fn state(&mut self, node: NodeId, state: &Arc<State>) -> Result<(), String> {
+        match self.states.get(&state.index) {
+            Some(known) if **known != **state => {
+                Err(format!("node {} has another state at index {} than others have", node.0, state.index))
+            }
+            Some(_) => Ok(()),
+            None => {
+                self.states.insert(state.index, Arc::clone(state));
+                while self.states.len() > STATES {
+                    self.states.pop_first();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A change was acknowledged.
+    pub fn acknowledge(&mut self, revision: u64, who: String) {
+        self.acknowledged.push((revision, who));
+    }
+
+    /// How many changes were acknowledged.
+    pub fn acknowledged(&self) -> usize {
+        self.acknowledged.len()
+    }
+
+    /// Every acknowledged change is in the state.
+    pub fn nothing_lost(&self, state: &State) -> Result<(), String> {
+        for (revision, who) in &self.acknowledged {
+            match state.revision(*revision) {
+                Some(r) if r.who == *who => {}
+                found => {
+                    return Err(format!(
+                        "revision {revision} was acknowledged to {who} and is {:?}",
+                        found.map(|r| &r.who)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}

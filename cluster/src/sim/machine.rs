@@ -1,0 +1,150 @@
+//! One simulated machine: clock, disk, lane, and the process on it.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use komainu_proto::domain::{GroupId, NodeId, Role};
+
+use crate::api::{LeaseUpdate, NodeIdentity};
+use crate::core::{Config, Core, Now, Peer};
+use crate::pulse::Pulse;
+use crate::raft::Persist;
+use crate::store::{MemoryStore, Store};
+use crate::time::Instant;
+use crate::timing::Timing;
+
+/// True time in ns.
+pub type Time = u64;
+
+/// A machine.
+pub struct Machine {
+    /// Who it is.
+    pub identity: NodeIdentity,
+    /// Its node file's peers.
+    pub peers: Vec<Peer>,
+    /// Durations.
+    pub timing: Timing,
+    /// True time at which its clock showed `boot_offset`.
+    pub booted_at: Time,
+    /// What its clock showed then.
+    pub boot_offset: u64,
+    /// How fast its clock runs, in ppm of true time.
+    pub drift_ppm: i64,
+    /// What is on disk.
+    pub disk: MemoryStore,
+    /// Leases in the lane: they stay there when the process dies.
+    pub lane: BTreeMap<GroupId, LeaseUpdate>,
+    /// The process.
+    pub process: Option<Process>,
+    /// Counts processes: what was meant for an earlier one is lost.
+    pub generation: u64,
+    /// Frozen until then: nothing is handled.
+    pub paused_until: Time,
+    /// What has arrived while frozen.
+    pub backlog: VecDeque<super::world::Arrival>,
+    /// The deadline that is in the queue.
+    pub wake_at: Option<Time>,
+    /// Fit to own a group.
+    pub fit: bool,
+}
+
+/// A running process.
+pub struct Process {
+    /// Raft side.
+    pub core: Core,
+    /// Beat side.
+    pub pulse: Arc<Mutex<Pulse>>,
+    /// Writes not yet on disk, in order, with the true time at which each will be.
+    pub writing: VecDeque<(Persist, Time)>,
+    /// Index of the state that was last announced to the planner.
+    pub planned: u64,
+    /// What the transcript says of it: leads, term, voters.
+    pub told: (bool, u64, Vec<String>),
+}
+
+/// Address of a simulated node.
+pub fn address(id: u64) -> SocketAddr {
+    SocketAddr::from(([10, 0, 0, id as u8], 7800))
+}
+
+impl Machine {
+    /// A machine that is switched on and has no process yet.
+    pub fn new(id: u64, role: Role, all: &[u64], timing: Timing) -> Machine {
+        Machine {
+            identity: NodeIdentity { id: NodeId(id), name: format!("n{id}"), role, address: address(id) },
+            peers: all
+                .iter()
+                .filter(|n| **n != id)
+                .map(|&n| Peer { id: NodeId(n), address: address(n) })
+                .collect(),
+            timing,
+            booted_at: 0,
+            boot_offset: 1_000_000_000 * id,
+            drift_ppm: 0,
+            disk: MemoryStore::new(),
+            lane: BTreeMap::new(),
+            process: None,
+            generation: 0,
+            paused_until: 0,
+            backlog: VecDeque::new(),
+            wake_at: None,
+            fit: true,
+        }
+    }
+
+    /// What its clock shows at true time `t`.
+    pub fn clock(&self, t: Time) -> Instant {
+        let passed = i128::from(t - self.booted_at);
+        let shown = passed + passed * i128::from(self.drift_ppm) / 1_000_000;
+        Instant(self.boot_offset + shown as u64)
+    }
+
+    /// True time at which its clock shows `at`, rounded up; not before `now`.
+    pub fn when(&self, at: Instant, now: Time) -> Time {
+        let shown = i128::from(at.0.saturating_sub(self.boot_offset));
+        let passed = shown * 1_000_000 / (1_000_000 + i128::from(self.drift_ppm)) + 1;
+        (self.booted_at + passed as u64).max(now)
+    }
+
+    /// Both clocks.
+    pub fn now(&self, t: Time) -> Now {
+        Now { at: self.clock(t), wall_ms: 1_700_000_000_000 + t / 1_000_000 }
+    }
+
+    /// Starts the process.
+    pub fn start(&mut self, t: Time, seed: u64) {
+        self.generation += 1;
+        let config = Config {
+            identity: self.identity.clone(),
+            version: "sim".to_owned(),
+            peers: self.peers.clone(),
+            timing: self.timing,
+            instance: seed,
+            seed: seed ^ 0x5555,
+            incarnation: seed ^ 0xaaaa,
+        };
+        // A lane that is started permits nothing.
+        self.lane.clear();
+        let core = Core::start(config, self.disk.load().expect("memory can be read"), self.now(t))
+            .expect("the store is in order");
+        let pulse = core.pulse();
+        pulse.lock().expect("no panic").set_self_health(crate::api::SelfHealth {
+            links_up: self.fit,
+            gateway: None,
+            forwarding: true,
+            reason: String::new(),
+        });
+        self.process =
+            Some(Process { core, pulse, writing: VecDeque::new(), planned: 0, told: (false, 0, Vec::new()) });
+        self.wake_at = None;
+        self.paused_until = 0;
+        self.backlog.clear();
+    }
+
+    /// Whether its lane answers for the group at true time `t`.
+    pub fn answers(&self, group: GroupId, t: Time) -> Option<u64> {
+        let lease = self.lane.get(&group)?;
+        (lease.answer_until > self.clock(t)).then_some(lease.epoch)
+    }
+}
