@@ -431,6 +431,11 @@ impl Core {
         if pulse.is_resigning() && self.conf.voters.len() > 1 {
             return;
         }
+        let log = &self.raft.raft.raft_log;
+        if self.conf.voters.len() == 1 && log.persisted < log.last_index() {
+            // Its own vote is all it needs, and `raft` wants the whole log on disk at that moment.
+            return;
+        }
         self.election.campaigned(heard, self.now.at);
         if self.raft.raft.state == StateRole::Candidate {
             // The real vote came to nothing. A new one begins with a pre-vote like every other.

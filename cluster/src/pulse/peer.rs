@@ -18,8 +18,6 @@ pub(super) struct Peer {
     pub(super) wanted: bool,
     /// Its newest beat and when that arrived.
     pub(super) heard: Option<Heard>,
-    /// Instance before the present one: its beats may still be under way.
-    former: Option<u64>,
     /// To be acknowledged: its newest beat accepted as a leader's.
     pub(super) echo: Option<Echo>,
     pub(super) beat_due: bool,
@@ -44,7 +42,6 @@ impl Peer {
             address,
             wanted: false,
             heard: None,
-            former: None,
             echo: None,
             beat_due: false,
             answer_due: false,
@@ -55,9 +52,6 @@ impl Peer {
     /// Takes a beat in, unless a newer one of the same process, or one of a newer process, came before.
     pub(super) fn take(&mut self, beat: Beat, now: Instant, silent_after: Duration) -> bool {
         if let Some(heard) = &mut self.heard {
-            if self.former == Some(beat.instance) {
-                return false;
-            }
             if heard.beat.instance == beat.instance {
                 if beat.sent <= heard.beat.sent {
                     return false;
@@ -69,7 +63,11 @@ impl Peer {
                 heard.beat = beat;
                 return true;
             }
-            self.former = Some(heard.beat.instance);
+            // Datagrams of a process that has ended may still turn up. They must not displace the living one; and should
+            // they be taken for news while that one is silent, it does no harm: whatever matters names its process.
+            if now.since(heard.at) <= silent_after {
+                return false;
+            }
             // A new process has accepted nothing and acknowledged nothing yet.
             self.echo = None;
         }

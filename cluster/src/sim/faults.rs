@@ -272,13 +272,15 @@ mod tests {
     fn no_seed_breaks_an_invariant() {
         let first = std::env::var("SEED").ok().and_then(|s| s.parse().ok());
         let seeds = std::env::var("SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(SEEDS);
+        let lines = std::env::var("LINES").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
         let mut failed = Vec::new();
         for seed in first.unwrap_or(1)..first.unwrap_or(1) + seeds {
-            let (_, result) = run(seed, false);
+            let run = |verbose| std::panic::catch_unwind(|| run(seed, verbose));
+            let result = run(false).map_or_else(|_| Err("a node panicked".to_owned()), |(_, result)| result);
             if let Err(what) = result {
-                let (w, _) = run(seed, true);
-                let tail = w.transcript.len().saturating_sub(40);
-                failed.push(format!("seed {seed}: {what}\n{}", w.transcript[tail..].join("\n")));
+                let transcript = run(true).map_or_else(|_| Vec::new(), |(w, _)| w.transcript);
+                let tail = transcript.len().saturating_sub(lines);
+                failed.push(format!("seed {seed}: {what}\n{}", transcript[tail..].join("\n")));
                 if failed.len() >= 3 {
                     break;
                 }

@@ -59,6 +59,8 @@ pub struct Process {
     pub writing: VecDeque<(Persist, Time)>,
     /// Index of the state that was last announced to the planner.
     pub planned: u64,
+    /// Index of the state that was last looked at.
+    pub applied: u64,
     /// What the transcript says of it: leads, term, voters.
     pub told: (bool, u64, Vec<String>),
 }
@@ -135,8 +137,14 @@ impl Machine {
             forwarding: true,
             reason: String::new(),
         });
-        self.process =
-            Some(Process { core, pulse, writing: VecDeque::new(), planned: 0, told: (false, 0, Vec::new()) });
+        self.process = Some(Process {
+            core,
+            pulse,
+            writing: VecDeque::new(),
+            planned: 0,
+            applied: 0,
+            told: (false, 0, Vec::new()),
+        });
         self.wake_at = None;
         self.paused_until = 0;
         self.backlog.clear();

@@ -575,9 +575,16 @@ impl World {
                 let Some(p) = &mut machine.process else { return Ok(()) };
                 let state = p.core.state().clone();
                 let index = state.index;
+                let told = std::mem::replace(&mut p.applied, index);
                 if index > p.planned && machine.identity.role == Role::Balancer {
                     p.planned = index;
                     self.post(t + lasts, Event::Installed { node, generation, index });
+                }
+                if self.verbose {
+                    let news: Vec<_> = state.events.iter().filter(|e| e.index > told).cloned().collect();
+                    for e in news {
+                        self.say(node, || format!("applies {}: {} {}", e.index, e.subject, e.text));
+                    }
                 }
                 self.checker.state(id, &state)
             }
