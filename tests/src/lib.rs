@@ -5,6 +5,9 @@
 // Only tests call this: a failure to set up is a failure of the test.
 #![allow(clippy::unwrap_used)]
 
+pub mod bench;
+pub mod lane;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};

@@ -1,0 +1,12 @@
+//! The benchmark behind `make bench`: the same two hosts through the kernel's forwarding, through an nftables DNAT, and
+//! through the lane, side by side.
+//!
+//! | file | holds |
+//! |---|---|
+//! | [`paths`] | the network, and the ways through it |
+//! | [`measure`] | sender and receiver |
+//! | [`report`] | results as JSON and as a page |
+
+pub mod measure;
+pub mod paths;
+pub mod report;

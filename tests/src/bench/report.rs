@@ -1,0 +1,149 @@
+//! Results as JSON for other tools, and as a page for people.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// One line of `target/bench/results.json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// `metric/path`.
+    pub name: String,
+    /// Unit of the values.
+    pub unit: &'static str,
+    /// Median.
+    pub value: f64,
+    /// Least.
+    pub min: f64,
+    /// Greatest.
+    pub max: f64,
+    /// Number of runs.
+    pub runs: usize,
+    /// Line that it is compared with.
+    pub peer: Option<String>,
+    /// Median of the ratios to the peer's value in the same round.
+    pub ratio: Option<f64>,
+}
+
+impl Line {
+    /// From the values of each round and, where there is a peer, its values of the same rounds.
+    pub fn new(name: String, unit: &'static str, values: &[f64], peer: Option<(String, &[f64])>) -> Line {
+        let ratio = peer.as_ref().map(|(_, theirs)| {
+            median(&values.iter().zip(theirs.iter()).map(|(ours, theirs)| ours / theirs).collect::<Vec<_>>())
+        });
+        Line {
+            name,
+            unit,
+            value: median(values),
+            min: values.iter().copied().fold(f64::INFINITY, f64::min),
+            max: values.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            runs: values.len(),
+            peer: peer.map(|(name, _)| name),
+            ratio,
+        }
+    }
+}
+
+/// The middle value; of an even number the mean of the two in the middle.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
+    }
+}
+
+/// Writes the JSON file.
+///
+/// # Errors
+/// The file can't be written.
+pub fn write_json(lines: &[Line], to: &Path) -> Result<()> {
+    if let Some(directory) = to.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    fs::write(to, serde_json::to_string_pretty(lines)? + "\n")
+        .with_context(|| format!("write {}", to.display()))
+}
+
+/// The results as a table.
+pub fn table(lines: &[Line]) -> String {
+    let mut text = String::from(
+        "| what | median | least | greatest | runs | compared with | ratio |\n|---|---:|---:|---:|---:|---|---:|\n",
+    );
+    for l in lines {
+        let digits = if l.value < 100.0 { 2 } else { 0 };
+        let _ = writeln!(
+            text,
+            "| `{}` | {:.digits$} {} | {:.digits$} | {:.digits$} | {} | {} | {} |",
+            l.name,
+            l.value,
+            l.unit,
+            l.min,
+            l.max,
+            l.runs,
+            l.peer.as_ref().map(|p| format!("`{p}`")).unwrap_or_default(),
+            l.ratio.map(|r| format!("{r:.2}")).unwrap_or_default(),
+        );
+    }
+    text
+}
+
+/// The page `docs/benchmarks.md`.
+pub fn page(lines: &[Line], command: &str) -> String {
+    format!(
+        "# Benchmarks\n\n\
+         Written by `{command}`. {machine}\n\n\
+         One client and one server in network namespaces, joined by veth pairs and bridges, talk through a third namespace. In \
+         each round every path takes its turn, so that whatever else the machine does meets all of them alike; a ratio is the \
+         median of the ratios within a round. Sender, receiver, the kernel's forwarding and the lane share the machine's \
+         processors: a data path that needs more of them leaves less to the two ends.\n\n\
+         - `kernel_forwarding`: a Linux router, both ways. `kernel_forwarding_one_way`: answers go straight to the client, as in \
+         `dsr`.\n\
+         - `nftables_dnat`: the same router with a `dnat` rule (connection tracking).\n\
+         - `af_packet_*`: the lane in user space, by mode.\n\
+         - `tcp_bulk`: one connection, client to server. `udp_packets`: one flow of smallest frames, sent without any pacing, \
+         counted where they arrive. `tcp_connections`: 8 clients that connect, exchange a byte, and reset.\n\
+         - `cpu_at_rest`: processor time of the lane's threads while a plan is in force, the lease is renewed and nothing is sent.\n\n\
+         {table}",
+        machine = machine(),
+        table = table(lines)
+    )
+}
+
+/// Processor, number of processors, kernel.
+fn machine() -> String {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let model = cpus
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .map_or("unknown processor", |m| m.trim_start_matches([':', '\t', ' ']));
+    let count = cpus.lines().filter(|l| l.starts_with("processor")).count();
+    let virtual_machine = if cpus.contains(" hypervisor") { ", in a virtual machine" } else { "" };
+    format!(
+        "Machine: {count} × {model}{virtual_machine}; Linux {}.",
+        read("/proc/sys/kernel/osrelease").trim()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_is_taken_within_each_round() {
+        // The machine was twice as fast in the second round: the ratio is the same.
+        let line = Line::new("x".into(), "u", &[5.0, 10.0, 5.0], Some(("y".into(), &[10.0, 20.0, 10.0])));
+        assert_eq!((line.value, line.min, line.max, line.ratio), (5.0, 5.0, 10.0, Some(0.5)));
+    }
+
+    #[test]
+    fn the_median_of_an_even_number() {
+        assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), 2.5);
+    }
+}

@@ -1,0 +1,126 @@
+//! A lane in a host of the lab, without daemon and cluster: plan, leases and announcements come from the test.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use komainu_lab::Host;
+use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane};
+use komainu_packet::lane::{Lane, LaneError};
+use komainu_packet::lease::Lease;
+use komainu_packet::plan::{
+    BackendPlan, DeadBackend, GroupPlan, Mode, Plan, Protocol, Scheduler, ServicePlan,
+};
+use komainu_packet::time::BootTime;
+
+/// How long each lease is.
+pub const LEASE: Duration = Duration::from_millis(200);
+/// Time between renewals.
+const RENEW_EVERY: Duration = Duration::from_millis(20);
+/// The one group of a [`plan`].
+pub const GROUP: u32 = 1;
+
+/// Starts a lane in `host`.
+///
+/// # Errors
+/// As [`AfPacketLane::start`].
+pub fn start(host: &Host, config: AfPacketConfig) -> Result<Arc<AfPacketLane>, LaneError> {
+    host.run(|| AfPacketLane::start(config)).map(Arc::new)
+}
+
+/// Renews the lease of [`GROUP`] until dropped, as the beat thread of a node with a quorum does: once it has missed its own
+/// lease it does not take it back.
+#[derive(Debug)]
+pub struct Renewer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Renewer {
+    /// Takes the lease and goes on renewing it.
+    pub fn start(lane: Arc<AfPacketLane>) -> Renewer {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut until = renew(&lane);
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            while !seen.load(Ordering::SeqCst) {
+                std::thread::sleep(RENEW_EVERY);
+                if BootTime::now() >= until {
+                    return;
+                }
+                until = renew(&lane);
+            }
+        });
+        Renewer { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Renewer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Writes a lease of [`LEASE`] from now; when it ends.
+pub fn renew(lane: &AfPacketLane) -> BootTime {
+    let until = BootTime::now().after(LEASE);
+    lane.set_lease(GROUP, Lease { epoch: 1, answer_until: until, forward_until: until });
+    until
+}
+
+/// A plan with one group.
+pub fn plan(revision: u64, vips: &[IpAddr], inside_vips: &[IpAddr], snat: &[IpAddr]) -> Plan {
+    Plan {
+        revision,
+        groups: vec![GroupPlan {
+            id: GROUP,
+            name: "group".to_owned(),
+            vips: vips.to_vec(),
+            inside_vips: inside_vips.to_vec(),
+            snat: snat.to_vec(),
+        }],
+        services: Vec::new(),
+    }
+}
+
+/// Adds a service with backends at `backends`, all of the same weight, on the service's own port.
+pub fn add_service(
+    plan: &mut Plan,
+    vip: IpAddr,
+    port: u16,
+    protocol: Protocol,
+    mode: Mode,
+    backends: &[IpAddr],
+) {
+    let id = plan.services.len() as u32 + 1;
+    let backend = |(i, address): (usize, &IpAddr)| BackendPlan {
+        id: id * 100 + i as u32,
+        name: format!("be{i}"),
+        address: *address,
+        port,
+        weight: 1,
+        base_weight: 1,
+        alive: true,
+    };
+    plan.services.push(ServicePlan {
+        id,
+        name: format!("service{id}"),
+        group: GROUP,
+        vip,
+        port,
+        protocol,
+        mode,
+        scheduler: Scheduler::Maglev,
+        dead_backend: DeadBackend::Reset,
+        track_udp: true,
+        tcp_idle: Duration::from_secs(300),
+        udp_idle: Duration::from_secs(30),
+        backends: backends.iter().enumerate().map(backend).collect(),
+        consult_all_slots: false,
+    });
+}
