@@ -1,0 +1,229 @@
+//! The lane carries real TCP and UDP between real hosts, whole, in every mode and both families.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use komainu_lab::topology::{INSIDE, SERVICE, addr};
+use komainu_lab::{Lab, Standard};
+use komainu_packet::lane::Lane;
+use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane};
+use komainu_packet::plan::{Mode, Plan, Protocol};
+use komainu_tests::lane::{self, GROUP, Renewer};
+
+const MIB: usize = 1 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+const TCP: u16 = 8080;
+const UDP: u16 = 5353;
+
+/// `client`, `lb1`, `be1` on the service segment with the VIP on `lo`, `bi1` on the inside segment behind the inside VIP.
+struct Stage {
+    lab: Lab,
+    lane: Arc<AfPacketLane>,
+    _renewer: Renewer,
+}
+
+const MODES: [Mode; 3] = [Mode::Dsr, Mode::Nat, Mode::NatTransparent];
+
+/// VIP, inside VIP, SNAT address and backend of a mode and family (0: IPv4, 1: IPv6). Modes differ in their VIP.
+fn vip(mode: Mode, family: usize) -> IpAddr {
+    let host = match mode {
+        Mode::Dsr => addr::VIP,
+        Mode::Nat => addr::VIP + 1,
+        Mode::NatTransparent => addr::VIP + 2,
+    };
+    addr::service(host)[family]
+}
+
+fn backend(mode: Mode, family: usize) -> (&'static str, IpAddr) {
+    match mode {
+        Mode::Dsr => ("be1", addr::service(addr::FIRST_BACKEND)[family]),
+        _ => ("bi1", addr::inside(addr::FIRST_BACKEND)[family]),
+    }
+}
+
+/// Address that the server of a mode listens on.
+fn listen(mode: Mode, family: usize) -> (&'static str, IpAddr) {
+    match mode {
+        Mode::Dsr => ("be1", vip(mode, family)),
+        _ => backend(mode, family),
+    }
+}
+
+/// Port of a mode: in `nat-transparent` a backend's port belongs to one service.
+fn port(base: u16, mode: Mode) -> u16 {
+    base + MODES.iter().position(|m| *m == mode).unwrap() as u16
+}
+
+fn plan(revision: u64) -> Plan {
+    let vips: Vec<IpAddr> = MODES.iter().flat_map(|m| [vip(*m, 0), vip(*m, 1)]).collect();
+    let mut plan = lane::plan(revision, &vips, &addr::inside(addr::VIP), &addr::inside(addr::SNAT));
+    for mode in MODES {
+        for family in 0..2 {
+            for (protocol, base) in [(Protocol::Tcp, TCP), (Protocol::Udp, UDP)] {
+                let to = [backend(mode, family).1];
+                lane::add_service(&mut plan, vip(mode, family), port(base, mode), protocol, mode, &to);
+            }
+        }
+    }
+    plan
+}
+
+impl Stage {
+    fn build() -> Stage {
+        let topology =
+            Standard { service_backends: 1, inside_backends: 1, far: false, balancers: 1, witness: false };
+        let lab = Lab::build(&topology.topology()).unwrap();
+        let lane =
+            lane::start(lab.host("lb1"), AfPacketConfig::new("eth0", Some("eth1".to_owned()))).unwrap();
+        lane.install(plan(1)).unwrap();
+        let renewer = Renewer::start(Arc::clone(&lane));
+        lane.announce(GROUP);
+        Stage { lab, lane, _renewer: renewer }
+    }
+
+    fn connect(&self, mode: Mode, family: usize) -> TcpStream {
+        let to = SocketAddr::new(vip(mode, family), port(TCP, mode));
+        let stream = self
+            .lab
+            .host("client")
+            .run(|| TcpStream::connect_timeout(&to, PATIENCE))
+            .unwrap_or_else(|e| panic!("{mode:?} {to}: {e}; {:?}", nonzero(&self.lane.counters().drops)));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+}
+
+fn nonzero(counters: &[(&'static str, u64)]) -> Vec<(&'static str, u64)> {
+    counters.iter().copied().filter(|(_, n)| *n > 0).collect()
+}
+
+/// A stream of bytes in which every 8 bytes differ from all others, so that no loss, swap or repetition goes unseen.
+struct Pattern(u64);
+
+impl Pattern {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for word in buffer.chunks_exact_mut(8) {
+            self.0 = self.0.wrapping_add(1);
+            word.copy_from_slice(&(self.0.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_le_bytes());
+        }
+    }
+}
+
+fn send_pattern(mut stream: &TcpStream, bytes: usize) -> std::io::Result<()> {
+    let (mut pattern, mut chunk) = (Pattern(0), vec![0; 64 * 1024]);
+    for _ in 0..bytes / chunk.len() {
+        pattern.fill(&mut chunk);
+        stream.write_all(&chunk)?;
+    }
+    stream.shutdown(Shutdown::Write)
+}
+
+/// Reads to the end; how many bytes it was, all as sent.
+fn check_pattern(mut stream: &TcpStream) -> std::io::Result<usize> {
+    let (mut pattern, mut got, mut wanted) = (Pattern(0), vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let mut total = 0;
+    loop {
+        let mut have = 0;
+        while have < got.len() {
+            match stream.read(&mut got[have..])? {
+                0 => break,
+                n => have += n,
+            }
+        }
+        pattern.fill(&mut wanted);
+        assert!(got[..have] == wanted[..have], "the stream differs within 64 KiB after byte {total}");
+        total += have;
+        if have < got.len() {
+            return Ok(total);
+        }
+    }
+}
+
+#[test]
+fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family() {
+    let stage = Stage::build();
+    for mode in MODES {
+        for family in 0..2 {
+            let (host, at) = listen(mode, family);
+            let listener = stage.lab.host(host).run(|| TcpListener::bind((at, port(TCP, mode)))).unwrap();
+            let server = std::thread::spawn(move || {
+                let (stream, peer) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                let up = check_pattern(&stream).unwrap();
+                send_pattern(&stream, 100 * MIB).unwrap();
+                (up, peer)
+            });
+            let start = Instant::now();
+            let stream = stage.connect(mode, family);
+            send_pattern(&stream, 100 * MIB).unwrap();
+            let down = check_pattern(&stream).unwrap();
+            let (up, peer) = server.join().unwrap();
+            assert_eq!((up, down), (100 * MIB, 100 * MIB), "{mode:?}, family {family}");
+            let client = stream.local_addr().unwrap();
+            match mode {
+                Mode::Nat => assert_eq!(peer.ip(), addr::inside(addr::SNAT)[family]),
+                _ => assert_eq!(peer, client),
+            }
+            println!("{mode:?} family {family}: 200 MiB in {:?}", start.elapsed());
+        }
+    }
+    println!("{:?}", nonzero(&stage.lane.counters().events));
+}
+
+#[test]
+fn the_first_datagram_of_a_fresh_client_is_answered() {
+    let stage = Stage::build();
+    for (i, mode) in MODES.into_iter().enumerate() {
+        for family in 0..2 {
+            let (host, at) = listen(mode, family);
+            let server = stage.lab.host(host).run(|| UdpSocket::bind((at, port(UDP, mode)))).unwrap();
+            server.set_read_timeout(Some(PATIENCE)).unwrap();
+            let echo = std::thread::spawn(move || {
+                let mut buffer = [0; 64];
+                let (n, from) = server.recv_from(&mut buffer).unwrap();
+                server.send_to(&buffer[..n], from).unwrap();
+            });
+            // An address that nobody on the network has heard of: the balancer's kernel has to find it.
+            let fresh = addr::service(200 + 2 * i as u8)[family];
+            let prefix = if family == 0 { 24 } else { 64 };
+            let host = stage.lab.host("client");
+            host.add_address(SERVICE, fresh, prefix).unwrap();
+            let client = host.run(|| UdpSocket::bind((fresh, 0))).unwrap();
+            client.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+            client.send_to(b"once", (vip(mode, family), port(UDP, mode))).unwrap();
+            let mut buffer = [0; 64];
+            let (n, from) = client.recv_from(&mut buffer).unwrap_or_else(|e| {
+                panic!("{mode:?} family {family}: {e}; {:?}", nonzero(&stage.lane.counters().drops))
+            });
+            assert_eq!((&buffer[..n], from.ip()), (&b"once"[..], vip(mode, family)));
+            echo.join().unwrap();
+        }
+    }
+    let _ = stage.lab.host("bi1").v4(INSIDE);
+}
+
+#[test]
+fn a_plan_that_drops_a_service_is_in_force_when_install_returns() {
+    let stage = Stage::build();
+    let (host, at) = listen(Mode::Nat, 0);
+    let server = stage.lab.host(host).run(|| UdpSocket::bind((at, port(UDP, Mode::Nat)))).unwrap();
+    server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+    let client =
+        stage.lab.host("client").run(|| UdpSocket::bind((addr::service(addr::CLIENT)[0], 0))).unwrap();
+    let to = (vip(Mode::Nat, 0), port(UDP, Mode::Nat));
+    let mut buffer = [0; 64];
+
+    client.send_to(b"before", to).unwrap();
+    assert_eq!(server.recv(&mut buffer).unwrap(), 6);
+    let mut without = plan(2);
+    without.services.retain(|s| s.mode != Mode::Nat);
+    stage.lane.install(without).unwrap();
+    assert_eq!(stage.lane.installed_revision(), 2);
+    client.send_to(b"between", to).unwrap();
+    stage.lane.install(plan(3)).unwrap();
+    client.send_to(b"after", to).unwrap();
+    assert_eq!(server.recv(&mut buffer).unwrap(), 5, "what was sent in between must not have been forwarded");
+}
