@@ -1,12 +1,13 @@
 //! Without a lease the lane is silent: it forwards nothing, answers nothing, announces nothing.
 
+use std::io::Read;
 use std::net::{IpAddr, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use komainu_lab::topology::{SERVICE, addr};
+use komainu_lab::topology::addr;
 use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::Lane;
 use komainu_packet::lane::af_packet::AfPacketConfig;
@@ -70,10 +71,9 @@ fn capture(lab: &Lab) -> Socket {
 fn frames(socket: &Socket, quiet: Duration) -> Vec<Vec<u8>> {
     socket.set_read_timeout(Some(quiet)).unwrap();
     let mut out = Vec::new();
-    let mut buffer = vec![std::mem::MaybeUninit::<u8>::uninit(); 2048];
-    while let Ok(n) = socket.recv(&mut buffer) {
-        // SAFETY: `recv` has initialised the first `n` bytes.
-        out.push(buffer[..n].iter().map(|b| unsafe { b.assume_init() }).collect());
+    let mut buffer = [0; 2048];
+    while let Ok(n) = (&mut &*socket).read(&mut buffer) {
+        out.push(buffer[..n].to_vec());
     }
     out
 }
@@ -226,5 +226,4 @@ fn a_process_that_was_stopped_sends_nothing_when_it_goes_on() {
     let late = server.recv(&mut [0; 16]);
     going.store(false, Ordering::Relaxed);
     assert!(late.is_err(), "a datagram was forwarded without a lease");
-    let _ = lab.host("be1").v4(SERVICE);
 }
