@@ -5,6 +5,7 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`admin`] | the admin API, served on the local socket and over mutual TLS |
 //! | [`check`] | `komainu check`: is the node file right, can this machine do it? |
 //! | [`cli`] | the command line: a client of the admin API |
 //! | [`config`] | node file and cluster document: TOML in, resolved types out, all mistakes at once |
@@ -15,6 +16,7 @@
 //! | [`render`] | answers of the API as people and as programs read them |
 //! | [`self_health`] | is this node fit to own a VIP group? |
 
+pub mod admin;
 pub mod check;
 pub mod cli;
 pub mod config;
