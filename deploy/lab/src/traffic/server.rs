@@ -22,6 +22,8 @@ use crate::lab::Host;
 const MAX_HEAD: usize = 8 * 1024;
 /// Leading bytes of an echoed datagram that are the client's; the name follows.
 pub(crate) const ECHO_HEAD: usize = 8;
+/// Longest datagram that is echoed.
+pub(crate) const MAX_DATAGRAM: usize = 8000;
 
 /// What to listen on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,7 +293,7 @@ async fn serve_echo(mut stream: TcpStream, shared: Arc<Shared>) -> io::Result<()
 }
 
 async fn serve_udp(socket: UdpSocket, shared: Arc<Shared>) {
-    let mut buf = [0; 2048];
+    let mut buf = vec![0; MAX_DATAGRAM];
     loop {
         // An ICMP error about an earlier answer is no reason to stop.
         let Ok((n, from)) = socket.recv_from(&mut buf).await else { continue };

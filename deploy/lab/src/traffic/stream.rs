@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::server::ECHO_HEAD;
+use super::server::{ECHO_HEAD, MAX_DATAGRAM};
 use crate::error::{LabError, Result};
 use crate::lab::Host;
 
@@ -23,7 +23,7 @@ pub struct StreamSpec {
     pub interval: Duration,
     /// Sockets used in turn, each a flow of its own (1..=64).
     pub flows: usize,
-    /// Bytes of payload, 8..=1400.
+    /// Bytes of payload, 8..=8000. What does not fit the path goes in fragments.
     pub size: usize,
 }
 
@@ -155,7 +155,7 @@ impl Drop for UdpStream {
 
 fn send(sockets: &[Arc<UdpSocket>], state: &Mutex<State>, stop: &AtomicBool, spec: StreamSpec) {
     super::hurry();
-    let mut payload = vec![0; spec.size.clamp(ECHO_HEAD, 1400)];
+    let mut payload = vec![0; spec.size.clamp(ECHO_HEAD, MAX_DATAGRAM)];
     let mut next = Instant::now();
     for number in 0..MAX_SENT {
         if stop.load(Ordering::Relaxed) {
@@ -184,7 +184,7 @@ fn send(sockets: &[Arc<UdpSocket>], state: &Mutex<State>, stop: &AtomicBool, spe
 }
 
 fn receive(socket: &UdpSocket, state: &Mutex<State>, stop: &AtomicBool) {
-    let mut buf = [0; 2048];
+    let mut buf = vec![0; MAX_DATAGRAM + 256];
     while !stop.load(Ordering::Relaxed) {
         let Ok(n) = socket.recv(&mut buf) else { continue };
         let Some((head, rest)) = buf[..n].split_first_chunk::<ECHO_HEAD>() else { continue };
