@@ -54,6 +54,18 @@ pub enum LabError {
         /// What was seen instead, the last time it was looked at.
         last: String,
     },
+    /// A node ended although it should run.
+    #[error("node {name} has ended ({status}) while waiting for {what}; its last words: {log}")]
+    NodeEnded {
+        /// Its name.
+        name: String,
+        /// Its exit status.
+        status: String,
+        /// What was waited for.
+        what: String,
+        /// The end of its log.
+        log: String,
+    },
     /// A command of the product failed.
     #[error("`{command}` ended with {status}: {stderr}")]
     Command {

@@ -43,6 +43,8 @@ pub struct ClientArgs {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Show the whole appliance on this one machine, in network namespaces; needs root and no configuration
+    Demo,
     /// Make a cluster secret
     Keygen {
         /// File to write, readable by its owner only; stdout when absent
@@ -391,6 +393,8 @@ mod tests {
     #[test]
     fn every_documented_form_is_understood() {
         for line in [
+            "demo",
+            "demo --json",
             "keygen",
             "keygen -o /tmp/key",
             "apply -f services.toml",

@@ -1,6 +1,7 @@
 //! Commands that ask nobody.
 
 use std::path::Path;
+use std::process::ExitCode;
 
 use clap::CommandFactory;
 use komainu_cluster::seal::{Key, KeyError};
@@ -9,6 +10,17 @@ use serde_json::json;
 use super::CliError;
 use super::args::Cli;
 use super::output::Output;
+
+/// Plays the demo with this very binary.
+///
+/// # Errors
+/// The binary can't be found again. A story that goes wrong is told by the exit status.
+pub fn demo(output: &Output) -> Result<ExitCode, CliError> {
+    let binary = std::env::current_exe().map_err(|error| {
+        CliError::new(format!("can't find this program's own file: {error}; is /proc mounted?"))
+    })?;
+    Ok(komainu_lab::demo::run(&komainu_lab::demo::Options { binary, json: output.json() }))
+}
 
 /// Makes a cluster secret.
 ///

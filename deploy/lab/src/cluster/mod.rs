@@ -349,13 +349,22 @@ impl Cluster {
         limit: Duration,
         mut condition: impl FnMut(&Status) -> bool,
     ) -> Result<Status> {
-        wait_for(&format!("{what} (as {name} sees it)"), limit, || match self.status(name) {
-            Ok(status) if condition(&status) => Ok(status),
+        let what = format!("{what} (as {name} sees it)");
+        let ended = || self.node(name).process.as_ref().and_then(Process::try_exit);
+        let found = wait_for(&what, limit, || match self.status(name) {
+            Ok(status) if condition(&status) => Ok(Ok(status)),
             Ok(status) => Err(format!("{status:?}")),
-            Err(e) => match self.node(name).process.as_ref().and_then(Process::try_exit) {
-                Some(exit) => Err(format!("{name} has ended with {exit}: {e}")),
+            // Waiting for the dead is in vain.
+            Err(e) => match ended() {
+                Some(status) => Ok(Err(status)),
                 None => Err(e.to_string()),
             },
+        })?;
+        found.map_err(|status| LabError::NodeEnded {
+            name: name.to_owned(),
+            status: status.to_string(),
+            what,
+            log: tail(&self.node(name).log, 5),
         })
     }
 
