@@ -8,7 +8,7 @@ use komainu_proto::cluster::{GreetRequest, GreetResponse, MessagesResponse, Piec
 use prost::Message as _;
 use prost_raft::Message as _;
 use raft::eraftpb::Message;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::QueryHandler;
@@ -27,6 +27,8 @@ pub(super) struct PeerService {
     pub(super) queries: Arc<dyn QueryHandler>,
     pub(super) asked: Mutex<ReplayGuard>,
     pub(super) streamed: Mutex<ReplayGuard>,
+    /// Becomes true when this node stops: streams of peers never end by themselves.
+    pub(super) closing: watch::Receiver<bool>,
 }
 
 impl PeerService {
@@ -53,7 +55,13 @@ impl Peer for PeerService {
         let mut stream = request.into_inner();
         let mut order = Order::default();
         let mut bytes = Vec::new();
-        while let Some(sealed) = stream.message().await? {
+        let mut closing = self.closing.clone();
+        loop {
+            let next = tokio::select! {
+                next = stream.message() => next?,
+                _ = closing.changed() => None,
+            };
+            let Some(sealed) = next else { break };
             let opened = self.sealer.open(Kind::Stream, &self.context(), &sealed.data).map_err(refused)?;
             if order.is_first() {
                 super::lock(&self.streamed).accept(&opened).map_err(refused)?;

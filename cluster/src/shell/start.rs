@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use bytes::Bytes;
 use crossbeam_channel::Sender;
@@ -31,6 +32,9 @@ use crate::pulse::Pulse;
 use crate::seal::{KeyError, Sealer};
 use crate::state::Outcome;
 use crate::store::{self, Store};
+
+/// How long answers that are under way have at an orderly stop.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Starts the cluster layer of this node: store, sockets, threads, tasks. To be called inside a tokio runtime with at
 /// least two threads, which must outlive the handle. A witness passes no data path.
@@ -104,27 +108,29 @@ fn start_on(
     let datagrams = Arc::new(Sealer::new(&settings.secret)?);
     let calls = Arc::new(Sealer::new(&settings.secret)?);
 
+    let (closing, mut closed) = watch::channel(false);
     let service = PeerService {
         sealer: calls.clone(),
         events: events.clone(),
         queries: queries.clone(),
         asked: Mutex::default(),
         streamed: Mutex::default(),
+        closing: closed.clone(),
     };
     let listener = tokio::net::TcpListener::from_std(listener).map_err(system("listening"))?;
-    let (closing, closed) = oneshot::channel::<()>();
     let server = PeerServer::new(service)
         .max_decoding_message_size(MAX_ASK_LEN)
         .max_encoding_message_size(MAX_ASK_LEN);
-    runtime.spawn(async move {
-        let serving = tonic::transport::Server::builder()
+    let server = runtime.spawn(async move {
+        let ended = tonic::transport::Server::builder()
             .tcp_nodelay(true)
             .add_service(server)
-            .serve_with_incoming(TcpListenerStream::new(listener));
-        // Streams of peers never end by themselves: they are dropped with the server.
-        tokio::select! {
-            ended = serving => if let Err(e) = ended { tracing::error!("peer service: {e}") },
-            _ = closed => {}
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+                // An error says that the handle is gone: then it ends, too.
+                let _ = closed.changed().await;
+            });
+        if let Err(e) = ended.await {
+            tracing::error!("peer service: {e}");
         }
     });
 
@@ -165,7 +171,7 @@ fn start_on(
             return Err(StartError::System { what: "starting the Raft thread", source });
         }
     };
-    let threads = Threads { beat, raft, stop, closing };
+    let threads = Threads { beat, raft, stop, closing, server };
     let node = Node {
         id: settings.identity.id,
         events,
@@ -203,7 +209,8 @@ struct Threads {
     beat: JoinHandle<()>,
     raft: JoinHandle<()>,
     stop: Arc<AtomicBool>,
-    closing: oneshot::Sender<()>,
+    closing: watch::Sender<bool>,
+    server: tokio::task::JoinHandle<()>,
 }
 
 /// What the handle works on.
@@ -310,7 +317,7 @@ impl Backstage for Node {
     fn shutdown(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async move {
             let mut threads = self.threads.lock().await;
-            let Some(Threads { beat, raft, stop, closing }) = threads.take() else { return };
+            let Some(Threads { beat, raft, stop, closing, mut server }) = threads.take() else { return };
             let (events, waker) = (self.events.clone(), self.waker.clone());
             let ended = self.runtime.spawn_blocking(move || {
                 // Full: the Raft thread is alive and will take it; closed: it has ended.
@@ -322,7 +329,10 @@ impl Backstage for Node {
                 let _ = beat.join();
             });
             let _ = ended.await;
-            let _ = closing.send(());
+            let _ = closing.send(true);
+            if tokio::time::timeout(CLOSE_TIMEOUT, &mut server).await.is_err() {
+                server.abort();
+            }
         })
     }
 }
