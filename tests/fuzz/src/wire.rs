@@ -12,8 +12,28 @@ const C: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 const D: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2);
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
-/// Frames: Ethernet, tags, and one pass over all of it.
+/// Frames: the data as it is, and as an IPv4 and an IPv6 packet with what chance hardly gets right put right.
 pub fn ethernet(data: &[u8]) {
+    frame(data);
+    for ethertype in [ethernet::EtherType::IPV4, ethernet::EtherType::IPV6] {
+        let mut whole = vec![0; ethernet::HEADER_LEN];
+        ethernet::emit(&mut whole, MAC, MAC, ethertype);
+        whole.extend(data);
+        let packet = &mut whole[ethernet::HEADER_LEN..];
+        if ethertype == ethernet::EtherType::IPV4 {
+            bytes::put_u8(packet, 0, 0x40 | bytes::u8(packet, 0) & 0x0f);
+            if let Ok(mut packet) = ipv4::Packet::new_checked(packet) {
+                packet.fill_checksum();
+            }
+        } else {
+            bytes::put_u8(packet, 0, 0x60 | bytes::u8(packet, 0) & 0x0f);
+        }
+        frame(&whole);
+    }
+}
+
+/// Ethernet, tags, and one pass over all of it.
+fn frame(data: &[u8]) {
     let _ = Pretty(data).to_string();
     let dissected = dissect(data);
     let Ok(frame) = ethernet::Frame::new_checked(data) else {
