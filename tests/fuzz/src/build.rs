@@ -413,20 +413,24 @@ impl IpSpec {
                     ip.icmpv4_raw(kind, *code % 16, [0, 0, a, b]).write(&mut packet, &quote).is_ok()
                 }
             }
-            Body::Other { proto, payload: len } => {
-                ip.write(&mut packet, (*proto).into(), &payload(*len)).is_ok()
-            }
+            // The number is written below: the builder gives up on those of extension headers that it was not given.
+            Body::Other { payload: len, .. } => ip.write(&mut packet, 252.into(), &payload(*len)).is_ok(),
         };
         if !done {
             return Vec::new();
+        }
+        if let Body::Other { proto, .. } = self.body {
+            packet[if self.v6 { 6 } else { 9 }] = proto;
         }
         if let (Some((id, offset, more)), false) = (self.fragment, self.v6) {
             let word = u16::from(offset) | if more { 0x2000 } else { 0 };
             packet[4..6].copy_from_slice(&(id % 4).to_be_bytes());
             packet[6..8].copy_from_slice(&word.to_be_bytes());
-            if let Ok(mut view) = komainu_packet::wire::ipv4::Packet::new_checked(&mut packet[..]) {
-                view.fill_checksum();
-            }
+        }
+        if !self.v6
+            && let Ok(mut view) = komainu_packet::wire::ipv4::Packet::new_checked(&mut packet[..])
+        {
+            view.fill_checksum();
         }
         packet
     }
