@@ -79,6 +79,9 @@ fn they_arrive_together_and_whole_both_ways() {
                 let (first, second) =
                     (pass(&mut world, &first, Port::Service), pass(&mut world, &second, Port::Service));
                 assert_eq!(first[..12], second[..12], "the same way");
+                let ttl_at = if v6 { 21 } else { 22 };
+                let ttl = if mode == Mode::Dsr { 64 } else { 63 };
+                assert_eq!((first[ttl_at], second[ttl_at]), (ttl, ttl));
                 let there = Seen::read(&join(&first, &second, v6));
                 assert_eq!(there.payload.len(), 1300);
                 let n = u32::from(there.eth_dst[5]);
