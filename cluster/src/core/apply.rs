@@ -162,7 +162,7 @@ impl Core {
             }
         }
         self.raft.mut_store().install(snapshot);
-        self.timers_due = self.timers.observe(&self.state, self.now.at, Some(self.now.wall_ms)).next;
+        self.observe_timers(Some(self.now.wall_ms));
         self.tell_pulse(true);
         self.out.push_back(Output::State);
     }
@@ -193,7 +193,7 @@ impl Core {
             self.answer(entry.index, entry.term, result);
         }
         self.state = Arc::new(state);
-        self.timers_due = self.timers.observe(&self.state, self.now.at, None).next;
+        self.observe_timers(None);
         self.tell_pulse(wide || members_changed);
         let opened = self.is_leader() && self.state.index >= self.term_start;
         if opened {

@@ -97,7 +97,6 @@ impl Core {
         self.members_duty();
         self.ownership_duty();
         self.verdict_duty();
-        self.timer_duty();
         self.transfer_duty();
     }
 
@@ -119,14 +118,22 @@ impl Core {
         }
     }
 
-    fn timer_duty(&mut self) {
+    /// Every node measures the durations in the state; the leader proposes what they end in.
+    pub(super) fn look_at_timers(&mut self) {
         if self.timers_due.is_none_or(|at| self.now.at < at) {
             return;
         }
-        let due = self.timers.observe(&self.state, self.now.at, None);
+        self.observe_timers(None);
+    }
+
+    /// See [`crate::state::Timers::observe`].
+    pub(super) fn observe_timers(&mut self, restored_wall_ms: Option<u64>) {
+        let due = self.timers.observe(&self.state, self.now.at, restored_wall_ms);
         self.timers_due = due.next;
-        for change in due.changes {
-            self.propose_own(change);
+        if self.is_leader() {
+            for change in due.changes {
+                self.propose_own(change);
+            }
         }
     }
 

@@ -42,6 +42,11 @@ impl Election {
         }
     }
 
+    /// The beginning of the present timeout.
+    pub(super) fn since(&self) -> Instant {
+        self.base
+    }
+
     /// The deadline has passed and this node campaigns, with a pre-vote or (`real`) with a vote in the balance.
     pub(super) fn campaigned(&mut self, heard: Option<Instant>, now: Instant) {
         if heard.is_some_and(|at| at > self.base) {

@@ -173,7 +173,7 @@ impl Core {
             out: VecDeque::new(),
             config,
         };
-        core.timers_due = core.timers.observe(&core.state, now.at, Some(now.wall_ms)).next;
+        core.observe_timers(Some(now.wall_ms));
         core.tell_pulse(true);
         core.settle();
         Ok(core)
@@ -322,6 +322,9 @@ impl Core {
             self.report_applied();
         }
         self.send(freed.messages);
+        if !self.is_leader() {
+            self.maybe_campaign();
+        }
         self.settle();
     }
 
@@ -350,6 +353,7 @@ impl Core {
         } else {
             self.maybe_campaign();
         }
+        self.look_at_timers();
         self.settle();
     }
 
@@ -360,17 +364,24 @@ impl Core {
 
     /// [`Core::next_deadline`] for one who holds the lock already.
     pub fn deadline(&self, pulse: &Pulse) -> Instant {
-        let mut next = if self.is_leader() {
+        let next = if self.is_leader() {
             self.next_tick
-        } else if self.raft.raft.promotable() {
-            self.election.deadline(pulse.heard_leader_at()).max(pulse.promise_free_at())
         } else {
-            self.now.at.after(self.config.timing.election_max)
+            self.campaign_at(pulse).unwrap_or(self.now.at.after(self.config.timing.election_max))
         };
-        if let Some(due) = self.timers_due {
-            next = next.min(due);
+        self.timers_due.map_or(next, |due| next.min(due))
+    }
+
+    /// When to campaign; absent while this node can't.
+    fn campaign_at(&self, pulse: &Pulse) -> Option<Instant> {
+        if !self.raft.raft.promotable() || self.waits_for_disk() {
+            return None;
         }
-        next
+        if pulse.is_sole() {
+            // There is nobody whose beat could come.
+            return Some(self.election.since().after(self.config.timing.beat / 4));
+        }
+        Some(self.election.deadline(pulse.heard_leader_at()).max(pulse.promise_free_at()))
     }
 
     /// A vote or pre-vote is asked of this node. Only if its promise allows, `raft` gets to see it; the promise not to
@@ -417,23 +428,25 @@ impl Core {
         self.lock().promise(term);
     }
 
+    /// Whether this node must not campaign before something is on disk.
+    fn waits_for_disk(&self) -> bool {
+        let log = &self.raft.raft.raft_log;
+        // The first write makes the store; before that nothing promised would last. And a voter that needs no vote but
+        // its own leads at once, for which `raft` wants the whole log on disk.
+        self.disk.newest > 0 && self.disk.persisted == 0
+            || self.conf.voters.len() == 1 && log.persisted < log.last_index()
+    }
+
     fn maybe_campaign(&mut self) {
-        // The first write makes the store; before it is on disk this node has promised nothing that would last.
-        if !self.raft.raft.promotable() || self.disk.newest > 0 && self.disk.persisted == 0 {
-            return;
-        }
         let pulse = Arc::clone(&self.pulse);
         let mut pulse = lock(&pulse);
+        if self.campaign_at(&pulse).is_none_or(|at| self.now.at < at) || !pulse.may_promise(self.now.at) {
+            return;
+        }
         let heard = pulse.heard_leader_at();
-        if self.now.at < self.election.deadline(heard) || !pulse.may_promise(self.now.at) {
-            return;
-        }
         if pulse.is_resigning() && self.conf.voters.len() > 1 {
-            return;
-        }
-        let log = &self.raft.raft.raft_log;
-        if self.conf.voters.len() == 1 && log.persisted < log.last_index() {
-            // Its own vote is all it needs, and `raft` wants the whole log on disk at that moment.
+            // It would only have to be replaced again.
+            self.election.settled(self.now.at);
             return;
         }
         self.election.campaigned(heard, self.now.at);

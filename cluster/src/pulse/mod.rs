@@ -224,6 +224,11 @@ impl Pulse {
         self.leading.is_some()
     }
 
+    /// Whether no other node can hold a lease or vote.
+    pub(crate) fn is_sole(&self) -> bool {
+        self.sole
+    }
+
     /// Newest term that this node knows of.
     pub fn term(&self) -> u64 {
         self.floor

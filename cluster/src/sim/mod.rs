@@ -7,6 +7,8 @@
 pub mod check;
 pub mod faults;
 pub mod machine;
+#[cfg(test)]
+mod scenarios;
 pub mod world;
 
 pub use faults::{Mix, run};

@@ -94,6 +94,8 @@ pub struct World {
     pub checker: Checker,
     /// What happened, for people.
     pub transcript: Vec<String>,
+    /// The transcript's zero.
+    told_from: Time,
     /// Whether to write the transcript.
     pub verbose: bool,
     /// What the clients do.
@@ -101,8 +103,6 @@ pub struct World {
     queue: BinaryHeap<Reverse<(Time, u64)>>,
     events: BTreeMap<u64, Event>,
     sequence: u64,
-    /// Time spans in which somebody answered, by group: start of the present gap.
-    pub answered: BTreeMap<GroupId, Time>,
 }
 
 /// Changes that were asked for.
@@ -126,12 +126,12 @@ impl World {
             cut: BTreeSet::new(),
             checker: Checker::default(),
             transcript: Vec::new(),
+            told_from: 0,
             verbose: false,
             clients: Clients::default(),
             queue: BinaryHeap::new(),
             events: BTreeMap::new(),
             sequence: 0,
-            answered: BTreeMap::new(),
         }
     }
 
@@ -178,6 +178,13 @@ impl World {
         let machine = self.machine(node);
         machine.paused_until = machine.paused_until.max(until);
         self.post(until, Event::Resume { node });
+    }
+
+    /// Begins the transcript anew, and with it everything random: what came before no longer shows in it.
+    pub fn tell_from_here(&mut self, seed: u64) {
+        self.transcript.clear();
+        self.told_from = self.t;
+        self.random = Random(seed);
     }
 
     /// Lets a frozen process go on.
@@ -291,7 +298,8 @@ impl World {
     /// Writes a line into the transcript.
     pub fn say(&mut self, node: u64, what: impl FnOnce() -> String) {
         if self.verbose {
-            let line = format!("{:>10.3} ms  n{node} {}", self.t as f64 / MS as f64, what());
+            let line =
+                format!("{:>10.3} ms  n{node} {}", (self.t - self.told_from) as f64 / MS as f64, what());
             self.transcript.push(line);
         }
     }
