@@ -2,7 +2,7 @@
 //!
 //! Each file holds a zero-copy view (`Packet`, `Frame`, …) over any byte buffer with a checking constructor
 //! `new_checked`, getters, and setters where the buffer is mutable; for messages that we build ourselves also a compact
-//! `Repr` with `parse`, `buffer_len` and `emit`. [`dissect`] reads a frame once and gives the hot path every offset and
+//! `Repr` with `parse`, `buffer_len` and `emit`. [`dissect()`] reads a frame once and gives the hot path every offset and
 //! field that it decides by.
 //!
 //! # Why nothing here can panic

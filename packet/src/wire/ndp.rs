@@ -58,7 +58,7 @@ pub enum Repr {
 }
 
 impl Repr {
-    /// Reads the neighbour discovery message of `frame`, which [`dissect`](super::dissect) read as `ip`. `None` when it
+    /// Reads the neighbour discovery message of `frame`, which [`dissect`](super::dissect()) read as `ip`. `None` when it
     /// is no solicitation or advertisement.
     ///
     /// # Errors

@@ -36,7 +36,7 @@ impl Quoted {
         self.dst.is_ipv6()
     }
 
-    /// Reads the packet that the ICMP error in `frame`, which [`dissect`](super::dissect) read as `ip`, quotes. `None`
+    /// Reads the packet that the ICMP error in `frame`, which [`dissect`](super::dissect()) read as `ip`, quotes. `None`
     /// when `ip` is no ICMP error, or a fragment (nobody sends errors in fragments).
     ///
     /// # Errors
