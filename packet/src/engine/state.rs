@@ -256,3 +256,124 @@ impl States {
         counters
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::plan::{BackendPlan, DeadBackend, GroupPlan, Plan, Scheduler, ServicePlan};
+
+    /// Services with their ports, and of each the backends with the last byte of their addresses.
+    type Shape = Vec<(u32, u16, Vec<(u32, u8)>)>;
+
+    fn tables(shape: &Shape) -> Option<Tables> {
+        let vip: IpAddr = Ipv4Addr::new(192, 0, 2, 100).into();
+        let group =
+            GroupPlan { id: 1, name: String::new(), vips: vec![vip], inside_vips: vec![], snat: vec![] };
+        let backend = |&(id, host): &(u32, u8)| BackendPlan {
+            id,
+            name: String::new(),
+            address: Ipv4Addr::new(10, 0, 0, host).into(),
+            port: 80,
+            weight: 0,
+            base_weight: 0,
+            alive: true,
+        };
+        let service = |(id, port, backends): &(u32, u16, Vec<(u32, u8)>)| ServicePlan {
+            id: *id,
+            name: String::new(),
+            group: 1,
+            vip,
+            port: *port,
+            protocol: Protocol::Tcp,
+            mode: Mode::Dsr,
+            scheduler: Scheduler::Maglev,
+            dead_backend: DeadBackend::Reset,
+            track_udp: false,
+            tcp_idle: Duration::from_secs(60),
+            udp_idle: Duration::from_secs(60),
+            backends: backends.iter().map(|b| BackendPlan { port: *port, ..backend(b) }).collect(),
+            consult_all_slots: false,
+        };
+        let services = shape.iter().map(service).collect();
+        Tables::compile(Plan { revision: 1, groups: vec![group], services }, None).ok()
+    }
+
+    fn shapes() -> impl Strategy<Value = Vec<(Shape, Vec<prop::sample::Index>)>> {
+        let backends =
+            prop::collection::btree_map(0u32..4, 1u8..3, 0..4).prop_map(|b| b.into_iter().collect());
+        let services = prop::collection::btree_map(0u32..4, (80u16..83, backends), 0..4);
+        let shape = services.prop_map(|s| s.into_iter().map(|(id, (port, b))| (id, port, b)).collect());
+        let held = prop::collection::vec(any::<prop::sample::Index>(), 0..3);
+        prop::collection::vec((shape, held), 1..12)
+    }
+
+    proptest! {
+        /// What stays in the plan keeps its state, what a flow refers to is given to nobody else, and no two share one.
+        #[test]
+        fn states_stay_with_what_they_are_the_state_of(shapes in shapes()) {
+            let mut states = States::default();
+            let mut old = Tables::default();
+            let mut last: HashMap<_, u32> = HashMap::new();
+            // Numbers of backends that flows refer to, with their identity.
+            let mut held: HashMap<u32, (u32, u32, IpAddr, u16)> = HashMap::new();
+            for (shape, holds) in shapes {
+                let Some(new) = tables(&shape) else { continue };
+                states.swap(&old, &new);
+                let mut here = HashMap::new();
+                for (index, service) in new.services().iter().enumerate() {
+                    let index = index as u16;
+                    let number = states.number(index);
+                    prop_assert_eq!(states.service(number).index, Some(index));
+                    for (place, backend) in service.backends.iter().enumerate() {
+                        let place = place as u16;
+                        let of_backend = states.backend_number(index, place);
+                        prop_assert_eq!(states.backend(of_backend).index, Some(place));
+                        prop_assert_eq!(
+                            states.backend(of_backend).identity,
+                            (number, backend.id, backend.address, backend.port)
+                        );
+                        here.insert((service.id, service.port, backend.id, backend.address), of_backend);
+                    }
+                }
+                let mut numbers: Vec<u32> = here.values().copied().collect();
+                numbers.sort_unstable();
+                numbers.dedup();
+                prop_assert_eq!(numbers.len(), here.len());
+                for (identity, number) in &here {
+                    if let Some(before) = last.get(identity) {
+                        prop_assert_eq!(before, number);
+                    }
+                }
+                for (number, identity) in &held {
+                    prop_assert_eq!(&states.backend(*number).identity, identity);
+                }
+                // Flows come, and one goes.
+                for hold in holds {
+                    if numbers.is_empty() {
+                        break;
+                    }
+                    let number = numbers[hold.index(numbers.len())];
+                    if held.contains_key(&number) {
+                        continue;
+                    }
+                    let identity = states.backend(number).identity;
+                    held.insert(number, identity);
+                    states.backend_mut(number).flows += 1;
+                    states.services[identity.0 as usize].remembered += 1;
+                }
+                if held.len() > 3 {
+                    let number = *held.keys().min().unwrap();
+                    let (service, ..) = held.remove(&number).unwrap();
+                    states.backend_mut(number).flows -= 1;
+                    states.services[service as usize].remembered -= 1;
+                }
+                (old, last) = (new, here);
+            }
+        }
+    }
+}
