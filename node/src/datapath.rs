@@ -14,7 +14,7 @@ use komainu_cluster::api::{DataPath, LeaseUpdate};
 use komainu_cluster::state::State;
 use komainu_packet::lane::SharedLane;
 use komainu_packet::lease::Lease;
-use komainu_packet::plan::Plan;
+use komainu_packet::plan::{MAX_GROUPS, Plan};
 use komainu_packet::time::BootTime;
 use komainu_proto::domain::GroupId;
 
@@ -29,17 +29,26 @@ pub struct LanePath {
     lane: SharedLane,
     /// Log index that the lane's tables were derived from, or would be: see [`Installer`].
     installed_index: AtomicU64,
+    /// Until when each group may be forwarded, by `id % MAX_GROUPS` like the lane's own cells.
+    forward_until: Box<[AtomicU64]>,
 }
 
 impl LanePath {
     /// A lane without tables.
     pub fn new(lane: SharedLane) -> Self {
-        LanePath { lane, installed_index: AtomicU64::new(0) }
+        let forward_until = (0..MAX_GROUPS).map(|_| AtomicU64::new(0)).collect();
+        LanePath { lane, installed_index: AtomicU64::new(0), forward_until }
     }
 
     /// The lane.
     pub fn lane(&self) -> &SharedLane {
         &self.lane
+    }
+
+    /// When the last group ends that the lane may forward for, as far as is written now. A node that has handed its
+    /// groups over goes on until then, so that what is under way to it still arrives.
+    pub fn forwards_until(&self) -> BootTime {
+        BootTime(self.forward_until.iter().map(|cell| cell.load(Ordering::Relaxed)).max().unwrap_or(0))
     }
 }
 
@@ -52,6 +61,7 @@ impl DataPath for LanePath {
             forward_until: BootTime(lease.forward_until.0),
         };
         self.lane.set_lease(group.0, lease);
+        self.forward_until[group.0 as usize % MAX_GROUPS].store(lease.forward_until.0, Ordering::Relaxed);
     }
 
     fn announce(&self, group: GroupId) {
@@ -106,17 +116,26 @@ struct Mail {
 }
 
 impl Installer {
-    /// Starts the thread. `told` hears of every change of the status; it is called from the installing thread.
+    /// Starts the thread. From it `installed` is called after every rise of the index, and `told` after every change of
+    /// the status.
     ///
     /// # Errors
     /// The system gives no thread.
     pub fn start(
         path: Arc<LanePath>,
+        installed: impl Fn() + Send + 'static,
         told: impl Fn(&InstallStatus) + Send + 'static,
     ) -> std::io::Result<Installer> {
         let inbox = Arc::new(Inbox::default());
-        let worker = Worker { path, inbox: inbox.clone(), told: Box::new(told), in_force: None };
-        let thread = std::thread::Builder::new().name("installer".to_owned()).spawn(move || worker.run())?;
+        let worker = Worker {
+            path,
+            inbox: inbox.clone(),
+            installed: Box::new(installed),
+            told: Box::new(told),
+            in_force: None,
+        };
+        let thread =
+            std::thread::Builder::new().name("komainu-install".to_owned()).spawn(move || worker.run())?;
         Ok(Installer { inbox, thread: Some(thread) })
     }
 
@@ -181,6 +200,7 @@ impl Inbox {
 struct Worker {
     path: Arc<LanePath>,
     inbox: Arc<Inbox>,
+    installed: Box<dyn Fn() + Send>,
     told: Box<dyn Fn(&InstallStatus) + Send>,
     /// The plan in force, at whatever revision it was installed.
     in_force: Option<Plan>,
@@ -200,6 +220,7 @@ impl Worker {
             refused = status.refused.is_some().then_some(state);
             if refused.is_none() {
                 self.path.installed_index.store(index, Ordering::Release);
+                (self.installed)();
             }
             self.tell(status);
         }

@@ -9,6 +9,7 @@
 //! | [`check`] | `komainu check`: is the node file right, can this machine do it? |
 //! | [`cli`] | the command line: a client of the admin API |
 //! | [`config`] | node file and cluster document: TOML in, resolved types out, all mistakes at once |
+//! | [`daemon`] | `komainu run`: puts the parts together, stops in order |
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
 //! | [`health`] | health checks: probes, rise/fall counting, scheduling |
 //! | [`metrics`] | pages for machines: `/metrics`, `/healthz`, `/readyz` |
@@ -20,6 +21,7 @@ pub mod admin;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod datapath;
 pub mod health;
 pub mod metrics;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::config::node::DEFAULT_FILE;
 use clap::{Args, Parser, Subcommand};
 use komainu_proto::domain::{CheckType, DeadBackend, Mode, Protocol, Role, Scheduler};
 
@@ -43,6 +44,18 @@ pub struct ClientArgs {
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run the node: the daemon
+    Run {
+        /// Node file
+        #[arg(short, long, value_name = "FILE", default_value = DEFAULT_FILE)]
+        config: PathBuf,
+    },
+    /// Is the node file right, and can this machine do what it asks?
+    Check {
+        /// Node file
+        #[arg(short, long, value_name = "FILE", default_value = DEFAULT_FILE)]
+        config: PathBuf,
+    },
     /// Show the whole appliance on this one machine, in network namespaces; needs root and no configuration
     Demo,
     /// Make a cluster secret

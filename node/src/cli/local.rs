@@ -10,6 +10,27 @@ use serde_json::json;
 use super::CliError;
 use super::args::Cli;
 use super::output::Output;
+use crate::config::NodeConfig;
+use crate::{check, daemon};
+
+/// Runs the daemon until it is told to stop.
+///
+/// # Errors
+/// The node file or the machine is wrong, or a part of the daemon failed.
+pub fn run(file: &Path) -> Result<ExitCode, CliError> {
+    let config = NodeConfig::load(file).map_err(|error| CliError::new(error.to_string()))?;
+    daemon::run(config).map_err(|error| CliError::new(error.to_string()))
+}
+
+/// Tells whether the node file is right and the machine can do what it asks. Fails, with everything on stdout, when not.
+///
+/// # Errors
+/// Stdout can't be written.
+pub fn check(output: &Output, file: &Path) -> Result<ExitCode, CliError> {
+    let report = check::check_file(file);
+    output.either(&report.to_json(), || report.to_string())?;
+    Ok(if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
 
 /// Plays the demo with this very binary.
 ///

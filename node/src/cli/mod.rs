@@ -9,7 +9,7 @@
 //! | [`service`], [`backend`] | the small verbs |
 //! | [`cluster`] | `switchover`, `node` |
 //! | [`look`] | `status`, `flows`, `trace`, `events`, `version` |
-//! | [`local`] | `demo`, `keygen`, `completions` |
+//! | [`local`] | `run`, `check`, `demo`, `keygen`, `completions` |
 //!
 //! Exit status: 0 done, 1 refused or failed (on stderr what, where, what to do), 2 wrong usage.
 
@@ -48,6 +48,8 @@ pub fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
     let output = Output::new(cli.client.json);
     match cli.command {
+        Command::Run { config } => local::run(&config),
+        Command::Check { config } => local::check(&output, &config),
         Command::Demo => local::demo(&output),
         Command::Keygen { output: file } => {
             local::keygen(&output, file.as_deref()).map(|()| ExitCode::SUCCESS)
@@ -91,8 +93,10 @@ async fn remote(client: &mut Client, output: &Output, command: Command) -> Resul
         Command::Trace { service, from } => look::trace(client, output, service, from).await,
         Command::Events { follow } => look::events(client, output, follow).await,
         Command::Version => look::version(client, output).await,
-        Command::Demo | Command::Keygen { .. } | Command::Completions { .. } => {
-            unreachable!("done before a node was asked")
-        }
+        Command::Run { .. }
+        | Command::Check { .. }
+        | Command::Demo
+        | Command::Keygen { .. }
+        | Command::Completions { .. } => unreachable!("done before a node was asked"),
     }
 }

@@ -84,7 +84,7 @@ impl Bench {
         let lane = Arc::new(Recorder::default());
         let path = Arc::new(LanePath::new(lane.clone()));
         let (tx, told) = mpsc::channel();
-        let installer = Installer::start(path.clone(), move |s| tx.send(s.clone()).unwrap()).unwrap();
+        let installer = Installer::start(path.clone(), || {}, move |s| tx.send(s.clone()).unwrap()).unwrap();
         Bench { lane, path, installer, told, state: State::default() }
     }
 
@@ -130,6 +130,9 @@ fn leases_and_announcements_pass_unchanged() {
     let expected = Lease { epoch: 7, answer_until: BootTime(10), forward_until: BootTime(20) };
     assert_eq!(*bench.lane.leases.lock().unwrap(), [(3, expected)]);
     assert_eq!(*bench.lane.announced.lock().unwrap(), [3]);
+    assert_eq!(bench.path.forwards_until(), BootTime(20));
+    bench.path.set_lease(GroupId(3), LeaseUpdate::default());
+    assert_eq!(bench.path.forwards_until(), BootTime(0));
 }
 
 #[test]
