@@ -1,5 +1,8 @@
 //! The lane carries real TCP and UDP between real hosts, whole, in every mode and both families.
 
+// A failure to set up is a failure of the test.
+#![allow(clippy::unwrap_used)]
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
