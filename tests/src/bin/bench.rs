@@ -69,7 +69,9 @@ fn run(options: &Options) -> Result<()> {
     for (reason, n) in stage.lane.counters().drops.iter().filter(|(_, n)| *n > 0) {
         println!("lane: {n} frames dropped: {reason}");
     }
-    if options.only.is_none() {
+    if options.only.is_some() {
+        println!("lane: {:?}", stage.lane.counters().events);
+    } else {
         report::write_json(&lines, Path::new("target/bench/results.json"))?;
         if options.docs {
             fs::create_dir_all("docs")?;

@@ -25,6 +25,7 @@ use super::membership::Memberships;
 use super::offload::{self, VNET_HDR_LEN};
 use super::park::{Park, Parked};
 use super::socket::PacketSocket;
+use super::sys;
 use crate::drops::Reason;
 use crate::engine::{Engine, FrameMut, Port, PortConfig, Verdict};
 use crate::lane::{Counters, LaneError};
@@ -88,6 +89,9 @@ impl Worker {
     /// Runs until told to stop.
     pub fn run(mut self) {
         let _guard = AliveGuard(Arc::clone(&self.shared));
+        if let Err(e) = sys::prefer_this_thread() {
+            tracing::debug!(error = %e, "the lane's thread runs at ordinary priority (needs CAP_SYS_NICE)");
+        }
         while !self.shared.stop.load(Ordering::SeqCst) {
             let now = BootTime::now();
             self.shared.round_at.store(now.0, Ordering::Relaxed);
