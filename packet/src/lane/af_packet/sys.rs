@@ -286,27 +286,15 @@ const SLICE_NS: u64 = 100_000;
 /// # Errors
 /// `EPERM` without `CAP_SYS_NICE`: the thread then competes as any other.
 pub fn prefer_this_thread() -> io::Result<()> {
-    /// `struct sched_attr`, first version (sched_setattr(2)).
-    #[repr(C)]
-    struct SchedAttr {
-        size: u32,
-        policy: u32,
-        flags: u64,
-        nice: i32,
-        priority: u32,
-        runtime_ns: u64,
-        deadline_ns: u64,
-        period_ns: u64,
-    }
-    let attributes = SchedAttr {
-        size: size_of::<SchedAttr>() as u32,
-        policy: libc::SCHED_OTHER as u32,
-        flags: 0,
-        nice: NICE,
-        priority: 0,
-        runtime_ns: SLICE_NS,
-        deadline_ns: 0,
-        period_ns: 0,
+    let attributes = libc::sched_attr {
+        size: size_of::<libc::sched_attr>() as u32,
+        sched_policy: libc::SCHED_OTHER as u32,
+        sched_flags: 0,
+        sched_nice: NICE,
+        sched_priority: 0,
+        sched_runtime: SLICE_NS,
+        sched_deadline: 0,
+        sched_period: 0,
     };
     // SAFETY: the pointer describes `attributes`, which outlives the call and says its own size; thread 0 is the caller.
     let r = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };

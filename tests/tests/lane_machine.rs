@@ -1,0 +1,190 @@
+//! The lane and the machine it runs on: what it refuses, and what it does when interfaces come and go.
+
+// A failure to set up is a failure of the test.
+#![allow(clippy::unwrap_used)]
+
+use std::net::UdpSocket;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use komainu_lab::topology::{RouteSpec, SERVICE, addr};
+use komainu_lab::{Lab, Standard};
+use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane, Severity};
+use komainu_packet::lane::{Lane, LaneError};
+use komainu_packet::plan::{Mode, Protocol};
+use komainu_tests::lane::{self, GROUP, Renewer};
+
+const PORT: u16 = 5353;
+const SOON: Duration = Duration::from_secs(10);
+
+fn lab() -> Lab {
+    let topology =
+        Standard { service_backends: 1, inside_backends: 0, far: false, balancers: 1, witness: false };
+    Lab::build(&topology.topology()).unwrap()
+}
+
+fn config() -> AfPacketConfig {
+    AfPacketConfig::new("eth0", None)
+}
+
+fn refusals(lab: &Lab, config: &AfPacketConfig) -> Vec<String> {
+    let findings = lab.host("lb1").run(|| AfPacketLane::check(config));
+    findings.into_iter().filter(|f| f.severity == Severity::Refuse).map(|f| f.message).collect()
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < SOON, "{what} did not come about within {SOON:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A lane with a `dsr` service, its lease, and a client and a server that talk through it.
+struct Talk {
+    lane: Arc<AfPacketLane>,
+    client: UdpSocket,
+    server: UdpSocket,
+    sent: AtomicU64,
+    _renewer: Renewer,
+}
+
+impl Talk {
+    fn start(lab: &Lab) -> Talk {
+        let lane = lane::start(lab.host("lb1"), config()).unwrap();
+        let vip = addr::service(addr::VIP)[0];
+        let mut plan = lane::plan(1, &[vip], &[], &[]);
+        let backend = addr::service(addr::FIRST_BACKEND)[0];
+        lane::add_service(&mut plan, vip, PORT, Protocol::Udp, Mode::Dsr, &[backend]);
+        lane.install(plan).unwrap();
+        let renewer = Renewer::start(Arc::clone(&lane));
+        lane.announce(GROUP);
+        let server = lab.host("be1").run(|| UdpSocket::bind((vip, PORT))).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let client = lab.host("client").run(|| UdpSocket::bind((addr::service(addr::CLIENT)[0], 0))).unwrap();
+        client.connect((vip, PORT)).unwrap();
+        Talk { lane, client, server, sent: AtomicU64::new(0), _renewer: renewer }
+    }
+
+    /// Whether a datagram gets through: this one, not one that was under way before.
+    fn works(&self) -> bool {
+        let number = self.sent.fetch_add(1, Ordering::Relaxed).to_ne_bytes();
+        let _ = self.client.send(&number);
+        let mut got = [0; 8];
+        while self.server.recv(&mut got).is_ok() {
+            if got == number {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+fn ip(lab: &Lab, host: &str, args: &str) {
+    let status = lab.host(host).run(|| Command::new("ip").args(args.split(' ')).status()).unwrap();
+    assert!(status.success(), "ip {args}: {status}");
+}
+
+#[test]
+fn a_fit_machine_is_not_refused() {
+    let lab = lab();
+    assert_eq!(refusals(&lab, &config()), Vec::<String>::new());
+}
+
+#[test]
+fn ip_forwarding_is_refused_and_the_sysctl_named() {
+    for (key, named) in [
+        ("ipv4/conf/eth0/forwarding", "net.ipv4.conf.eth0.forwarding"),
+        ("ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
+    ] {
+        let lab = lab();
+        lab.host("lb1").sysctl(key, "1").unwrap();
+        let found = refusals(&lab, &config());
+        assert!(found.len() == 1 && found[0].contains(named), "{found:?}");
+        let refused = lane::start(lab.host("lb1"), config()).err().unwrap();
+        assert!(refused.to_string().contains(named), "{refused}");
+    }
+}
+
+#[test]
+fn an_interface_that_is_missing_down_or_no_ethernet_is_refused() {
+    let lab = lab();
+    let found = refusals(&lab, &AfPacketConfig::new("eth7", None));
+    assert!(
+        found.len() == 1 && found[0].contains("does not exist") && found[0].contains("eth0"),
+        "{found:?}"
+    );
+    let found = refusals(&lab, &AfPacketConfig::new("eth0", Some("eth0".to_owned())));
+    assert!(found.iter().any(|f| f.contains("both")), "{found:?}");
+    let found = refusals(&lab, &AfPacketConfig::new("lo", None));
+    assert!(found.iter().any(|f| f.contains("not an Ethernet interface")), "{found:?}");
+    lab.host("lb1").set_link(SERVICE, false).unwrap();
+    let found = refusals(&lab, &config());
+    assert!(found.iter().any(|f| f.contains("ip link set eth0 up")), "{found:?}");
+    assert!(matches!(lane::start(lab.host("lb1"), config()), Err(LaneError::Interface { .. })));
+}
+
+#[test]
+fn a_link_that_goes_down_is_told_and_forwarding_resumes_when_it_is_back() {
+    let lab = lab();
+    let talk = Talk::start(&lab);
+    eventually("traffic", || talk.works());
+    assert!(talk.lane.links()[0].up);
+
+    lab.unplug("lb1", SERVICE).unwrap();
+    eventually("the loss of the carrier", || !talk.lane.links()[0].up);
+    assert!(!talk.works());
+    lab.plug("lb1", SERVICE).unwrap();
+    eventually("the carrier", || talk.lane.links()[0].up);
+    eventually("traffic after the cable was back", || talk.works());
+
+    lab.host("lb1").set_link(SERVICE, false).unwrap();
+    eventually("link down", || !talk.lane.links()[0].up);
+    assert!(!talk.works());
+    lab.host("lb1").set_link(SERVICE, true).unwrap();
+    eventually("traffic after the interface was up again", || talk.works());
+    assert_eq!(talk.lane.forwarding(), Ok(()));
+}
+
+#[test]
+fn an_interface_that_is_gone_is_told_and_taken_up_again_when_it_returns() {
+    let lab = lab();
+    let talk = Talk::start(&lab);
+    eventually("traffic", || talk.works());
+    // Another interface takes the name, as when a NIC is replaced.
+    ip(&lab, "lb1", "link set eth0 down");
+    ip(&lab, "lb1", "link set eth0 name old0");
+    eventually("the loss of the interface", || talk.lane.forwarding().is_err());
+    assert!(talk.lane.forwarding().unwrap_err().contains("eth0"));
+    assert!(!talk.works());
+    ip(&lab, "lb1", "link set old0 name eth0");
+    ip(&lab, "lb1", "link set eth0 up");
+    eventually("the interface", || talk.lane.forwarding().is_ok());
+    eventually("traffic", || talk.works());
+}
+
+#[test]
+fn the_gateway_of_the_service_network_is_known() {
+    let lab = lab();
+    let talk = Talk::start(&lab);
+    assert!(talk.lane.gateways().is_empty());
+    let gateway = addr::service(addr::ROUTER)[0];
+    lab.host("lb1").add_route(RouteSpec::default_via(gateway)).unwrap();
+    eventually("the gateway", || talk.lane.gateways() == [gateway]);
+}
+
+#[test]
+fn a_lane_that_was_stopped_is_silent_and_says_so() {
+    let lab = lab();
+    let talk = Talk::start(&lab);
+    eventually("traffic", || talk.works());
+    let before = talk.lane.counters();
+    talk.lane.stop();
+    talk.lane.stop();
+    assert!(!talk.works());
+    assert!(talk.lane.forwarding().is_err());
+    assert!(talk.lane.install(lane::plan(2, &[], &[], &[])).is_err());
+    assert_eq!(talk.lane.counters().events.len(), before.events.len());
+}
