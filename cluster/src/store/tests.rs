@@ -241,3 +241,77 @@ proptest! {
         }
     }
 }
+
+/// Set for the process that [`a_writer_killed_at_any_moment_loses_nothing_acknowledged`] kills.
+const WRITER_DIR: &str = "KOMAINU_TEST_WRITER_DIR";
+
+/// Not a test by itself: writes without end and says what is on disk.
+#[test]
+fn writer() {
+    let Some(dir) = std::env::var_os(WRITER_DIR) else { return };
+    let opened = open(Path::new(&dir)).expect("opens");
+    assert_eq!(opened.set_aside, []);
+    let mut store = opened.store;
+    let restored = store.load().expect("loads");
+    let mut last = restored.as_ref().map_or(0, |r| r.entries.last().map_or(0, |e| e.index));
+    last = last.max(restored.as_ref().map_or(0, |r| r.snapshot.get_metadata().index));
+    if restored.is_none() {
+        store.write(&first()).expect("writes");
+    }
+    loop {
+        let from = last + 1;
+        last += 1 + last % 3;
+        let mut write = appended((from..=last).map(|i| entry(i, 1, (i as usize * 37) % 40_000)).collect());
+        write.hard_state = hard(last, last, 0);
+        if last.is_multiple_of(5) {
+            write.snapshot = snapshot(from - 1, 1, 1000);
+            write.drop_through = from.saturating_sub(4);
+        }
+        store.write(&write).expect("writes");
+        println!("on disk {last}");
+    }
+}
+
+#[test]
+fn a_writer_killed_at_any_moment_loses_nothing_acknowledged() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut acknowledged = 0;
+    for round in 0..12u64 {
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["store::tests::writer", "--exact", "--nocapture", "--test-threads=1"])
+            .env(WRITER_DIR, dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let mut seen = 0;
+        for line in lines.by_ref() {
+            let line = line.expect("reads");
+            let Some((_, number)) = line.split_once("on disk ") else { continue };
+            acknowledged = number.parse().expect("a number");
+            seen += 1;
+            if seen > round * 3 {
+                break;
+            }
+        }
+        child.kill().expect("kills with SIGKILL");
+        child.wait().expect("ends");
+        // What it said between the last line that was read and its end.
+        for line in lines.map_while(Result::ok) {
+            let number = line.split_once("on disk ").and_then(|(_, n)| n.parse().ok());
+            acknowledged = number.unwrap_or(acknowledged);
+        }
+        let (store, restored) = reopened(dir.path());
+        assert!(restored.hard_state.term >= acknowledged, "round {round}: {acknowledged} was acknowledged");
+        let last = restored.entries.last().map_or(restored.snapshot.get_metadata().index, |e| e.index);
+        assert_eq!(last, restored.hard_state.term, "a write is there as a whole");
+        for e in &restored.entries {
+            assert_eq!(*e, entry(e.index, 1, (e.index as usize * 37) % 40_000));
+        }
+        drop(store);
+    }
+    assert!(acknowledged > 0);
+}
