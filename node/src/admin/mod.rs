@@ -43,3 +43,6 @@ pub struct Context {
     /// Shown in status beside the cluster layer's.
     pub notices: Notices,
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use komainu_proto::admin::{
     Backend, BackendAddRequest, BackendRemoveRequest, BackendSetAdminRequest, BackendSetWeightRequest,
-    BackendStatus, StatusResponse,
+    BackendStatus, ChangeResponse, StatusResponse,
 };
 use komainu_proto::domain::{self, AdminState};
 
@@ -41,18 +41,20 @@ pub async fn run(client: &mut Client, output: &Output, command: BackendCommand) 
             client.call(admin.backend_remove(request)).await?
         }
         BackendCommand::Enable { backend } => {
-            client.call(admin.backend_set_admin(set_admin(backend, AdminState::Enabled, None))).await?
+            let request = set_admin(&backend, AdminState::Enabled, None);
+            return told(output, client.call(admin.backend_set_admin(request)).await?, &backend, "enabled");
         }
         BackendCommand::Disable { backend } => {
-            client.call(admin.backend_set_admin(set_admin(backend, AdminState::Disabled, None))).await?
+            let request = set_admin(&backend, AdminState::Disabled, None);
+            return told(output, client.call(admin.backend_set_admin(request)).await?, &backend, "disabled");
         }
         BackendCommand::Drain { backend, deadline, wait } => {
-            let request = set_admin(backend.clone(), AdminState::Draining, deadline);
+            let request = set_admin(&backend, AdminState::Draining, deadline);
             let change = client.call(admin.backend_set_admin(request)).await?;
-            if wait {
-                return drained(client, output, &backend).await;
-            }
-            change
+            return match wait {
+                true => drained(client, output, &backend).await,
+                false => told(output, change, &backend, "draining"),
+            };
         }
         BackendCommand::Weight { backend, weight } => {
             let request =
@@ -63,10 +65,16 @@ pub async fn run(client: &mut Client, output: &Output, command: BackendCommand) 
     document::report(output, change, false)
 }
 
-fn set_admin(name: BackendName, admin: AdminState, deadline: Option<Duration>) -> BackendSetAdminRequest {
+/// Administrative states are no part of the document, so there is no new revision to tell of.
+fn told(output: &Output, change: ChangeResponse, name: &BackendName, state: &str) -> Result<(), CliError> {
+    let already = if change.applied { "" } else { " already" };
+    output.either(&json::Change::from(change), || format!("{name}: is {state}{already}\n"))
+}
+
+fn set_admin(name: &BackendName, admin: AdminState, deadline: Option<Duration>) -> BackendSetAdminRequest {
     BackendSetAdminRequest {
-        service: name.service,
-        backend: name.backend,
+        service: name.service.clone(),
+        backend: name.backend.clone(),
         admin: admin.to_wire(),
         drain_deadline_ms: deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
     }
