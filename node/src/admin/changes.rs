@@ -10,7 +10,7 @@ use std::time::Duration;
 use komainu_cluster::state::{self, Change, Diff, Outcome, Refusal, State, validate};
 use komainu_packet::lane::SharedLane;
 use komainu_proto::admin::{ApplyRequest, ChangeResponse, RestoreRequest};
-use komainu_proto::domain::Document;
+use komainu_proto::domain::{Document, Mode};
 use tonic::Status;
 use tracing::info;
 
@@ -126,14 +126,24 @@ pub fn response(outcome: Outcome) -> ChangeResponse {
 /// Judges a document with what this node knows of its own segments.
 fn judge(state: &State, document: &Document, lane: Option<&SharedLane>) -> Result<(), Vec<state::Problem>> {
     let mut context = state::Context::of(state);
-    if let Some(lane) = lane {
-        let segments: Vec<(IpAddr, u8)> = lane.links().into_iter().flat_map(|link| link.addresses).collect();
-        // An interface without addresses tells nothing of its segment.
-        if !segments.is_empty() {
-            context = context.with_segments(segments);
-        }
+    if let Some(segments) = lane.and_then(|lane| segments(lane, document)) {
+        context = context.with_segments(segments);
     }
     validate(document, &context).map(|_| ())
+}
+
+/// The segments of this node, when it knows one of each family that a `dsr` service uses. An interface without an address
+/// of its own tells nothing of its segment, and a link-local address (RFC 3927, RFC 4291 §2.5.6) is on every one.
+fn segments(lane: &SharedLane, document: &Document) -> Option<Vec<(IpAddr, u8)>> {
+    let telling = |address: &IpAddr| match address {
+        IpAddr::V4(v4) => !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_unicast_link_local(),
+    };
+    let mut segments: Vec<(IpAddr, u8)> = lane.links().into_iter().flat_map(|link| link.addresses).collect();
+    segments.retain(|(address, _)| telling(address));
+    let known = |vip: IpAddr| segments.iter().any(|(address, _)| address.is_ipv4() == vip.is_ipv4());
+    let all_known = document.services.iter().filter(|s| s.mode == Mode::Dsr).all(|s| known(s.vip));
+    all_known.then_some(segments)
 }
 
 /// The document that a change would put in force, for changes that bring in something new.

@@ -12,6 +12,8 @@
 //! [`node::NodeConfig::parse`] and [`document::parse`] has every default filled in and nothing left to question.
 
 pub mod document;
+#[cfg(test)]
+mod examples;
 pub mod files;
 pub mod mistake;
 pub mod node;
