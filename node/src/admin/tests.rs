@@ -261,7 +261,7 @@ async fn the_document_is_changed_through_the_api_and_every_refusal_changes_nothi
         .replace("port = 8080", "port = 80")
         .replace("192.0.2.12", "203.0.113.12");
     refused(client.apply(apply(&off_segment)).await, Code::InvalidArgument, &["203.0.113.12"]);
-    let stale = ApplyRequest { if_revision: Some(7), ..apply("") };
+    let stale = ApplyRequest { if_revision: Some(7), ..apply("group = []") };
     refused(client.apply(stale.clone()).await, Code::FailedPrecondition, &["7", "1"]);
     refused(client.apply(ApplyRequest { dry_run: true, ..stale }).await, Code::FailedPrecondition, &["7"]);
     refused(client.apply(ApplyRequest::default()).await, Code::InvalidArgument, &["document"]);
@@ -300,7 +300,7 @@ async fn the_document_is_changed_through_the_api_and_every_refusal_changes_nothi
     assert!(!client.apply(request).await.unwrap().into_inner().applied);
 
     // Confirmed or rolled back.
-    let request = ApplyRequest { confirm_within_ms: Some(60_000), ..apply("") };
+    let request = ApplyRequest { confirm_within_ms: Some(60_000), ..apply("group = []") };
     let change = client.apply(request.clone()).await.unwrap().into_inner();
     assert_eq!(change.confirm_within_ms, Some(60_000));
     let status = node.until("waits", |s| s.cluster.as_ref().unwrap().pending_confirm.is_some()).await;

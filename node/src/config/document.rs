@@ -64,6 +64,13 @@ fn strip_names(field: &str) -> String {
 /// Everything that is wrong with the file.
 pub fn parse(file: &str, text: &str) -> Result<Parsed, ConfigError> {
     let read = Source::new(file, text).read(|root| {
+        // A file that was cut off or mixed up must not take everything down.
+        if !root.has("group") && !root.has("service") {
+            root.empty(
+                "says nothing: it has neither [[group]] nor [[service]]",
+                "give a cluster document; one that is to remove everything says group = []",
+            );
+        }
         let groups: Vec<Option<Group>> = root.sections("group").into_iter().map(group).collect();
         let services: Vec<Option<Service>> = root.sections("service").into_iter().map(service).collect();
         Some(Document {
@@ -210,6 +217,9 @@ fn optional<T: super::reader::FromToml>(section: &mut Section<'_>, key: &'static
 
 /// Writes a document so that [`parse`] gives the same document back.
 pub fn to_toml(document: &Document) -> String {
+    if document.groups.is_empty() && document.services.is_empty() {
+        return "group = []\nservice = []\n".to_owned();
+    }
     let raw = RawDocument {
         group: document.groups.iter().map(RawGroup::from).collect(),
         service: document.services.iter().map(RawService::from).collect(),

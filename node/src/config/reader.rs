@@ -203,6 +203,11 @@ impl<'a> Section<'a> {
         self.source.note(Some(span), &field, value.map(|v| show(v.get_ref())), reason.into(), action.into());
     }
 
+    /// Notes that the file as a whole is of no use.
+    pub fn empty(&self, reason: &str, action: &str) {
+        self.source.note(None, "", None, reason.to_owned(), action.to_owned());
+    }
+
     /// Notes that `key` is missing.
     pub fn missing(&self, key: &str, action: &str) {
         self.source.note(

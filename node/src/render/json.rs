@@ -386,3 +386,112 @@ impl From<wire::Event> for Event {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    /// A status with one of everything.
+    fn sample() -> wire::StatusResponse {
+        let backend = wire::BackendStatus {
+            name: "be1".into(),
+            address: "192.0.2.11".into(),
+            port: 8080,
+            weight: 1,
+            admin: wire::AdminState::Draining as i32,
+            health: wire::Health::Up as i32,
+            flows: 120,
+            reason: "200 OK in 3 ms".into(),
+            drain_left_ms: Some(90_000),
+            ..Default::default()
+        };
+        let service = wire::ServiceStatus {
+            name: "web".into(),
+            vip: "2001:db8::100".into(),
+            port: 80,
+            protocol: wire::Protocol::Tcp as i32,
+            mode: wire::Mode::NatTransparent as i32,
+            backends: vec![backend],
+            ..Default::default()
+        };
+        let group = wire::GroupStatus {
+            name: "web".into(),
+            vips: vec!["2001:db8::100".into()],
+            owner: Some("lb1".into()),
+            epoch: 3,
+            lease_left_ms: 61,
+            ..Default::default()
+        };
+        let member = wire::Member {
+            id: 1,
+            name: "lb1".into(),
+            role: wire::Role::Balancer as i32,
+            alive: true,
+            since_beat_ms: Some(4),
+            ..Default::default()
+        };
+        wire::StatusResponse {
+            node: Some(wire::NodeStatus {
+                id: 1,
+                name: "lb1".into(),
+                lane: "af_packet".into(),
+                ..Default::default()
+            }),
+            cluster: Some(wire::ClusterStatus {
+                leader: Some(1),
+                leader_name: "lb1".into(),
+                term: 7,
+                quorum: "witness".into(),
+                revision: 12,
+                members: vec![member],
+                ..Default::default()
+            }),
+            groups: vec![group],
+            services: vec![service],
+            drops: vec![wire::NamedCount { name: "no_lease".into(), value: 5 }],
+            notices: vec!["look here".into()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_promised_fields_are_there() {
+        let json = serde_json::to_value(Status::from(sample())).unwrap();
+        for (object, fields) in [
+            ("/node", "id name role version lane lane_mode"),
+            ("/cluster", "leader term quorum solo revision members"),
+            ("/cluster/members/0", "id name role alive since_beat_ms"),
+            ("/groups/0", "name vips owner epoch lease_left_ms standby_lag_flows"),
+            ("/services/0", "name vip port protocol mode backends"),
+            ("/services/0/backends/0", "name address port weight admin health flows packets bytes reason"),
+        ] {
+            let found =
+                json.pointer(object).and_then(Value::as_object).unwrap_or_else(|| panic!("{object}: {json}"));
+            for field in fields.split_whitespace() {
+                assert!(found.contains_key(field), "{object} lacks {field}");
+            }
+        }
+        assert_eq!(json.pointer("/services/0/mode"), Some(&Value::from("nat-transparent")));
+        assert_eq!(json.pointer("/services/0/backends/0/admin"), Some(&Value::from("draining")));
+        assert_eq!(json.pointer("/drops/no_lease"), Some(&Value::from(5)));
+    }
+
+    #[test]
+    fn people_see_the_same() {
+        let text = crate::render::status::status(&sample());
+        for words in [
+            "leader lb1",
+            "quorum witness",
+            "look here",
+            "[2001:db8::100]:80",
+            "draining (1 m 30 s left)",
+            "200 OK in 3 ms",
+            "no_lease 5",
+            "61 ms",
+        ] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+    }
+}

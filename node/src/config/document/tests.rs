@@ -151,6 +151,15 @@ fn every_mistake_names_line_field_value_reason_and_advice() {
 }
 
 #[test]
+fn an_empty_file_is_no_document_unless_it_says_so() {
+    for text in ["", "# all commented out\n"] {
+        let error = parse("s.toml", text).unwrap_err().to_string();
+        assert!(error.starts_with("s.toml: says nothing") && error.contains("group = []"), "{error}");
+    }
+    assert_eq!(parse("s.toml", "group = []").unwrap().document, Document::default());
+}
+
+#[test]
 fn a_field_finds_its_line() {
     let lines = parse("s.toml", GOOD).unwrap().lines;
     assert_eq!(lines.find("service[0] \"web\".backend[1] \"be2\".weight"), Some(24));
