@@ -123,7 +123,7 @@ impl BeatThread {
                 Err(e) => tracing::debug!(%source, "a sealed beat that is none: {e}"),
             }
         } else if let Ok(message) = Message::decode(opened.plain.as_slice()) {
-            let _ = self.events.try_send(Event::Message(message));
+            let _ = self.events.try_send(Event::Message(Box::new(message)));
         }
     }
 

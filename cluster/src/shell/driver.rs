@@ -36,7 +36,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Something for the Raft thread.
 pub(super) enum Event {
     /// A Raft message.
-    Message(Message),
+    Message(Box<Message>),
     /// A request of this node's own core.
     Request(Request, oneshot::Sender<Result<Outcome, Failure>>),
     /// A stream to a node broke.
@@ -109,7 +109,7 @@ impl Driver {
     fn take_in(&mut self, event: Event) {
         let now = clock::now();
         match event {
-            Event::Message(message) => self.core.handle_message(message, now),
+            Event::Message(message) => self.core.handle_message(*message, now),
             Event::Request(request, answer) => {
                 let ticket = self.core.request(request, now);
                 self.waiting.insert(ticket, answer);

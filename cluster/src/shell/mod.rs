@@ -20,6 +20,8 @@ mod start;
 mod streams;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod transport_tests;
 mod view;
 mod wire;
 

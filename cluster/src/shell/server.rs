@@ -77,7 +77,7 @@ impl Peer for PeerService {
                 let message =
                     Message::decode(bytes.as_slice()).map_err(|e| Status::invalid_argument(e.to_string()))?;
                 // Full while the disk is slow: lost like on a network that is slow.
-                let _ = self.events.try_send(Event::Message(message));
+                let _ = self.events.try_send(Event::Message(Box::new(message)));
                 // A snapshot's memory is given back.
                 bytes = Vec::new();
             }

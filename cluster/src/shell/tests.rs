@@ -320,11 +320,11 @@ async fn an_address_in_use_is_named() {
     cluster.start(1);
     let mut settings = cluster.settings(1);
     settings.data_dir = cluster.data_dir(2);
-    let error = start(settings, None, Arc::new(Echo)).err().expect("is refused").to_string();
+    let error = start(settings, None, Arc::new(Echo)).map(drop).expect_err("is refused").to_string();
     assert!(error.contains(&cluster.addresses[0].to_string()) && error.contains("in use"), "{error}");
     let mut settings = cluster.settings(1);
     settings.identity.address = free_address();
-    let error = start(settings, None, Arc::new(Echo)).err().expect("is refused").to_string();
+    let error = start(settings, None, Arc::new(Echo)).map(drop).expect_err("is refused").to_string();
     assert!(error.contains("another komainu is using it"), "{error}");
     cluster.stop(1).await;
 }

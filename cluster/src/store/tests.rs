@@ -100,7 +100,7 @@ fn what_was_written_is_there_after_a_restart() {
 fn a_second_process_is_told_that_it_is_locked_out() {
     let dir = tempfile::tempdir().expect("a directory");
     let _first = open(dir.path()).expect("opens");
-    let error = open(dir.path()).err().expect("is locked").to_string();
+    let error = open(dir.path()).map(drop).expect_err("is locked").to_string();
     assert!(error.contains("another komainu is using it"), "{error}");
 }
 
@@ -109,7 +109,7 @@ fn a_directory_that_is_none_is_refused_with_its_name() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("file");
     fs::write(&file, b"x").expect("writes");
-    let error = open(&file).err().expect("is refused").to_string();
+    let error = open(&file).map(drop).expect_err("is refused").to_string();
     assert!(error.contains("file: ") && error.contains("must be a directory"), "{error}");
 }
 
