@@ -133,7 +133,10 @@ impl Director {
                 && !self.leaving.contains(&node)
                 && state.member(node).is_some_and(|m| m.voter)
                 && pulse.peer(node).is_some_and(|p| {
-                    p.alive && !p.resigning && state.member(node).is_some_and(|m| m.raft_id == p.raft_id.0)
+                    p.alive
+                        && p.follows
+                        && !p.resigning
+                        && state.member(node).is_some_and(|m| m.raft_id == p.raft_id.0)
                 })
         };
         if goes {
@@ -193,7 +196,9 @@ impl Director {
             } else {
                 pulse
                     .peer(m.node.id)
-                    .filter(|p| p.alive && p.raft_id.0 == m.raft_id && p.health.fit() && !p.resigning)
+                    .filter(|p| {
+                        p.alive && p.follows && p.raft_id.0 == m.raft_id && p.health.fit() && !p.resigning
+                    })
                     .map(|p| (p.steady >= CALM, p.installed))
             };
             if let Some((steady, installed)) = candidate {
@@ -224,7 +229,7 @@ impl Director {
             (None, None) => return None,
             (Some(owner), target) => {
                 let me = pulse.raft_id().node();
-                let alive = owner == me || pulse.peer(owner).is_some_and(|p| p.alive);
+                let alive = owner == me || pulse.peer(owner).is_some_and(|p| p.alive && p.follows);
                 if !alive && pulse.last_grant_to(owner) > now {
                     return None;
                 }

@@ -18,6 +18,8 @@ pub(super) struct Leading {
     voters: Vec<RaftId>,
     /// Newest own stamp that each voter acknowledged in this term.
     acked: BTreeMap<RaftId, Instant>,
+    /// The same for every node that acknowledges, voter or not.
+    followed: BTreeMap<RaftId, Instant>,
     pub(super) lease_end: Instant,
     /// The first entry of this term is applied: the ownership known here is the newest there is.
     pub(super) open: bool,
@@ -48,6 +50,7 @@ impl Leading {
             since: now,
             voters,
             acked: BTreeMap::new(),
+            followed: BTreeMap::new(),
             lease_end: Instant::default(),
             open: false,
             retired: false,
@@ -62,13 +65,24 @@ impl Leading {
         self.voters = voters;
     }
 
-    /// A voter has acknowledged the beat that was sent at `stamp` in this term.
-    pub(super) fn acknowledge(&mut self, voter: RaftId, stamp: Instant, now: Instant) {
-        if stamp < self.since || stamp > now || !self.voters.contains(&voter) {
+    /// A node has acknowledged the beat that was sent at `stamp` in this term.
+    pub(super) fn acknowledge(&mut self, from: RaftId, stamp: Instant, now: Instant) {
+        if stamp < self.since || stamp > now {
             return;
         }
-        let newest = self.acked.entry(voter).or_insert(stamp);
+        let newest = self.followed.entry(from).or_insert(stamp);
         *newest = (*newest).max(stamp);
+        if self.voters.contains(&from) {
+            let newest = self.acked.entry(from).or_insert(stamp);
+            *newest = (*newest).max(stamp);
+        }
+    }
+
+    /// Whether a node follows this leader: it has acknowledged a beat sent within `within`, or leadership is younger than
+    /// that. A node that is heard but hears nothing can't renew a lease, however lively its own beats are.
+    pub(super) fn is_followed_by(&self, node: RaftId, now: Instant, within: Duration) -> bool {
+        let newest = self.followed.get(&node).map_or(self.since, |at| (*at).max(self.since));
+        now.since(newest) <= within
     }
 
     /// Extends the lease as far as the acknowledgements allow: sending time of the newest beat that a quorum has
@@ -164,6 +178,16 @@ mod tests {
         assert_eq!(lease_end(3, &[(2, 99)]), at(0));
         assert_eq!(lease_end(3, &[(2, 201)]), at(0));
         assert_eq!(lease_end(3, &[(4, 150)]), at(0));
+    }
+
+    #[test]
+    fn a_node_follows_as_long_as_it_acknowledges() {
+        let mut l = Leading::new(1, at(100), vec![id(1), id(2)]);
+        let within = Duration::from_millis(50);
+        // Nobody can have acknowledged a leader that has only just begun.
+        assert!(l.is_followed_by(id(2), at(150), within) && !l.is_followed_by(id(2), at(151), within));
+        l.acknowledge(id(3), at(150), at(160));
+        assert!(l.is_followed_by(id(3), at(200), within) && !l.is_followed_by(id(3), at(201), within));
     }
 
     #[test]

@@ -51,6 +51,9 @@ use peer::Peer;
 pub const MAX_PEERS: usize = 2 * crate::state::MAX_MEMBERS;
 /// A peer is taken for silent after this many beats: grants to it stop, so that its group can be given away soon.
 const SILENT_BEATS: u32 = 3;
+/// A peer is taken for deaf when this many of a leader's beats went unacknowledged: more than for silence, because an
+/// acknowledgement takes the way there and back.
+const DEAF_BEATS: u32 = 2 * SILENT_BEATS;
 
 /// What the beat thread is to do, in this order.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,6 +94,8 @@ pub struct PeerView {
     pub version: String,
     /// Heard within the last beats.
     pub alive: bool,
+    /// Hears this node too: while this node leads, it acknowledges its beats. Always true on a node that doesn't lead.
+    pub follows: bool,
     /// Time since its newest beat.
     pub since_beat: Duration,
     /// For how long it has been heard without an interruption; zero while it isn't alive.
@@ -319,6 +324,10 @@ impl Pulse {
         self.timing.beat * SILENT_BEATS
     }
 
+    fn deaf_after(&self) -> Duration {
+        self.timing.beat * DEAF_BEATS
+    }
+
     fn view(&self, p: &Peer) -> Option<PeerView> {
         let h = p.heard.as_ref()?;
         let alive = p.alive(self.now, self.silent_after());
@@ -327,6 +336,10 @@ impl Pulse {
             identity: h.beat.identity.clone(),
             version: h.beat.version.clone(),
             alive,
+            follows: self
+                .leading
+                .as_ref()
+                .is_none_or(|l| l.is_followed_by(h.beat.from, self.now, self.deaf_after())),
             since_beat: self.now.since(h.at),
             steady: if alive { self.now.since(h.since) } else { Duration::ZERO },
             cluster: h.beat.cluster,
@@ -875,7 +888,9 @@ impl Pulse {
             .collect();
         let (releases, owned): (Vec<_>, Vec<_>) = owned.into_iter().partition(|o| l.revoked.contains(o));
         let peer = &self.peers[&to];
-        if !l.may_grant(now) || !peer.alive(now, silent_after) || l.only_to.is_some_and(|n| n != to) {
+        let deaf_after = self.timing.beat * DEAF_BEATS;
+        let deaf = peer.heard.as_ref().is_none_or(|h| !l.is_followed_by(h.beat.from, now, deaf_after));
+        if !l.may_grant(now) || !peer.alive(now, silent_after) || deaf || l.only_to.is_some_and(|n| n != to) {
             return (None, Vec::new(), releases);
         }
         let Some(contact) = peer.limit(l.lease_end, |left| self.timing.on_another_clock(left)) else {

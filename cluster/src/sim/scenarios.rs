@@ -152,6 +152,25 @@ fn an_owner_that_is_cut_off_is_silent_within_its_lease() {
     }
 }
 
+/// Found by the system test of one-way cuts: such an owner's beats went on, so the new leader took it for alive and
+/// left its group with it, although no grant could reach it any more.
+#[test]
+fn an_owner_that_hears_nobody_but_is_heard_loses_its_group() {
+    for seed in 0..10 {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        let owner = w.owner(G).unwrap();
+        for other in (1..=3).filter(|n| *n != owner) {
+            w.cut.insert((other, owner));
+        }
+        w.run_for(81 * MS).unwrap();
+        assert_ne!(w.owner(G), Some(owner), "seed {seed}");
+        w.run_for(1_500 * MS).unwrap();
+        assert!(w.owner(G).is_some_and(|n| n != owner), "seed {seed}");
+        w.cut.clear();
+        assert_eq!(longest_gap(&mut w, 1_000 * MS), 0, "seed {seed}");
+    }
+}
+
 #[test]
 fn a_hand_over_leaves_no_hole() {
     for seed in 0..20 {
