@@ -289,7 +289,7 @@ pub enum BackendCommand {
 pub enum NodeCommand {
     /// List the members
     List,
-    /// Admit a node; it takes part once it is started with this cluster's nodes in its node file
+    /// Admit a node that has been started with this cluster's nodes in its node file
     Join {
         /// Its number, unique and never used before
         #[arg(value_parser = clap::value_parser!(u64).range(1..=65535))]
@@ -306,7 +306,9 @@ pub enum NodeCommand {
     /// Remove a node for good
     Leave {
         /// Its name
-        node: String,
+        // Not `node`: that is the id of the global option.
+        #[arg(value_name = "NODE")]
+        name: String,
     },
     /// Make the asked node go on alone although its peer is silent
     Force,
@@ -441,6 +443,7 @@ mod tests {
             "node list",
             "node join 4 lb4 192.0.2.4:7800 --role witness",
             "node leave lb4",
+            "node leave lb4 --node unix:/run/komainu/admin.sock",
             "node force",
             "flows --service web --backend be1 --json",
             "trace --service web --from 198.51.100.7:40000",

@@ -75,8 +75,8 @@ pub async fn node(client: &mut Client, output: &Output, command: NodeCommand) ->
             let request = NodeJoinRequest { id, name, role: role.to_wire(), address: address.to_string() };
             client.call(admin.node_join(request)).await?.members
         }
-        NodeCommand::Leave { node } => {
-            client.call(admin.node_leave(NodeLeaveRequest { node })).await?.members
+        NodeCommand::Leave { name } => {
+            client.call(admin.node_leave(NodeLeaveRequest { node: name })).await?.members
         }
         NodeCommand::Force => client.call(admin.node_force(NodeForceRequest {})).await?.members,
     };

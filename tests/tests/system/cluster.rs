@@ -233,11 +233,11 @@ fn nodes_leave_and_join_while_the_others_serve() {
 
     // lb3 joins.
     let address = cluster.cluster_address("lb3").to_string();
-    cluster.cli_ok("wit", &["node", "join", "4", "lb3", &address]).unwrap();
     let spec =
         NodeSpec { host: "lb3".into(), id: 4, witness: false, peers: peers_of("lb3"), extra: String::new() };
     cluster.add(&spec).unwrap();
     cluster.start("lb3").unwrap();
+    cluster.cli_ok("wit", &["node", "join", "4", "lb3", &address]).unwrap();
     cluster.wait_formed(SOON).unwrap();
     cluster.wait_all_up(SOON).unwrap();
 
