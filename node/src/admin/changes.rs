@@ -20,6 +20,9 @@ use super::{Context, refuse};
 /// it. A node that lags further behind answers all the same.
 const SEE_IT: Duration = Duration::from_secs(2);
 
+/// Where the audit log's lines go.
+pub(super) const AUDIT: &str = "komainu::audit";
+
 impl Context {
     /// Has the cluster make a change.
     ///
@@ -30,9 +33,10 @@ impl Context {
         if let Some(document) = resulting(&state, &change) {
             judge(&state, &document, self.lane.as_ref()).map_err(refuse::invalid)?;
         }
+        let what = describe(&change);
         let outcome = self.cluster.propose(change, who).await.map_err(refuse::propose)?;
         if outcome.changed {
-            info!(target: "komainu::audit", who, index = outcome.index, revision = outcome.revision, "change");
+            info!(target: AUDIT, who, index = outcome.index, revision = outcome.revision, "{what}");
         }
         self.see(outcome.index).await;
         Ok(outcome)
@@ -106,6 +110,32 @@ impl Context {
         let outcome =
             Outcome { index: state.index, revision: state.revision, changed: false, diff, warnings: vec![] };
         Ok(response(outcome))
+    }
+}
+
+/// A change in a few words, for the audit log.
+fn describe(change: &Change) -> String {
+    match change {
+        Change::Apply { confirm_within_ms: Some(ms), .. } => format!("apply, to be confirmed within {ms} ms"),
+        Change::Apply { .. } => "apply".to_owned(),
+        Change::Confirm { revision } => format!("confirm {revision}"),
+        Change::Rollback { revision } => format!("rollback {revision}"),
+        Change::Restore { revision } => format!("restore {revision}"),
+        Change::ServiceAdd { service } => format!("service add {}", service.name),
+        Change::ServiceRemove { service } => format!("service remove {service}"),
+        Change::BackendAdd { service, backend } => format!("backend add {service}/{}", backend.name),
+        Change::BackendRemove { service, backend } => format!("backend remove {service}/{backend}"),
+        Change::BackendWeight { service, backend, weight } => {
+            format!("backend weight {service}/{backend} {weight}")
+        }
+        Change::BackendAdmin { service, backend, admin, deadline_ms: None } => {
+            format!("{service}/{backend} {admin}")
+        }
+        Change::BackendAdmin { service, backend, admin, deadline_ms: Some(ms) } => {
+            format!("{service}/{backend} {admin} for at most {ms} ms")
+        }
+        // The rest is not an operator's.
+        other => format!("{other:?}"),
     }
 }
 

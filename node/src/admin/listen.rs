@@ -53,10 +53,21 @@ pub enum ServeError {
     Ended(#[from] tonic::transport::Error),
 }
 
+/// The local socket's place in the file system. Removed with the listener, also when serving is aborted: nobody is to
+/// find a socket that doesn't answer.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // A missing one is as well.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// The sockets, open.
 pub struct Listeners {
     socket: UnixListener,
-    path: PathBuf,
+    place: Place,
     remote: Option<(TcpIncoming, ServerTlsConfig)>,
 }
 
@@ -69,7 +80,7 @@ impl Listeners {
         let remote = config.admin.as_ref().map(open_remote).transpose()?;
         let path = config.socket();
         let socket = open_socket(&path).await?;
-        Ok(Listeners { socket, path, remote })
+        Ok(Listeners { socket, place: Place(path), remote })
     }
 
     /// Serves until `stop` becomes true, or its sender is gone.
@@ -77,10 +88,8 @@ impl Listeners {
     /// # Errors
     /// A listener broke.
     pub async fn serve(self, context: Context, stop: watch::Receiver<bool>) -> Result<(), ServeError> {
-        let result = serve(self.socket, self.remote, context, stop).await;
-        // Nobody is to find a socket that doesn't answer. A missing one is as well.
-        let _ = std::fs::remove_file(&self.path);
-        result
+        let Listeners { socket, place: _place, remote } = self;
+        serve(socket, remote, context, stop).await
     }
 }
 

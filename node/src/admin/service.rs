@@ -196,7 +196,7 @@ impl Admin for Administration {
         let (owner, epoch) = (before.owner, before.epoch);
         let to = target(&view, owner, to.as_deref())?;
         let outcome = self.context.cluster.switchover(&group, to, &who).await.map_err(refuse::propose)?;
-        info!(target: "komainu::audit", who, index = outcome.index, group, "switchover");
+        info!(target: changes::AUDIT, who, index = outcome.index, group, "switchover");
         let pending = to.is_none() || to != owner;
         let from = owner.map(|owner| status::name_of(&view, owner));
         Ok(Response::new(SwitchoverResponse { from, epoch, pending }))
@@ -229,7 +229,7 @@ impl Admin for Administration {
         }
         let node = NodeIdentity { id: NodeId(id), name, role, address };
         let outcome = self.context.cluster.join(node.clone()).await.map_err(refuse::propose)?;
-        info!(target: "komainu::audit", who, index = outcome.index, node = node.name, "node join");
+        info!(target: changes::AUDIT, who, index = outcome.index, node = node.name, "node join");
         self.context.see(outcome.index).await;
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))
     }
@@ -242,7 +242,7 @@ impl Admin for Administration {
         let name = request.into_inner().node;
         let node = node_named(&self.context.cluster.live(), &name)?;
         let outcome = self.context.cluster.leave(node).await.map_err(refuse::propose)?;
-        info!(target: "komainu::audit", who, index = outcome.index, node = name, "node leave");
+        info!(target: changes::AUDIT, who, index = outcome.index, node = name, "node leave");
         self.context.see(outcome.index).await;
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))
     }

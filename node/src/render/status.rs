@@ -113,11 +113,7 @@ pub fn service(service: &wire::ServiceStatus) -> String {
     let mut out = String::new();
     let vip = endpoint(&service.vip, service.port);
     let transition = if service.in_transition { ", in transition" } else { "" };
-    let unknown = if service.counters_known {
-        ""
-    } else {
-        ", counters not known: the owner was not asked or does not answer"
-    };
+    let unknown = if service.counters_known { "" } else { ", counters not known (no owner answers)" };
     line(
         &mut out,
         format_args!(
