@@ -8,6 +8,7 @@ pub mod core;
 pub mod director;
 pub mod pulse;
 pub mod raft;
+pub mod rules;
 pub mod seal;
 pub mod shell;
 #[cfg(any(test, feature = "sim"))]

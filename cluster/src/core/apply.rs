@@ -246,15 +246,23 @@ impl Core {
             .iter()
             .map(|g| (g.id, Assignment { node: g.owner, epoch: g.epoch, index: g.assigned_index }))
             .collect();
-        let mut pulse = super::lock(&self.pulse);
-        pulse.set_applied(self.state.index);
-        pulse.set_assignments(assignments, self.state.index);
         if !all {
+            self.lock().set_assignments(assignments, self.state.index);
             return;
         }
-        let backends = self.state.services.iter().filter(|s| s.checked()).flat_map(|s| s.living());
-        let verdicts: BTreeMap<_, _> = backends.map(|b| (b.id, b.health)).collect();
-        pulse.set_verdicts(verdicts);
+        // There may be many backends: only what changed is told under the lock.
+        let mut verdicts = BTreeMap::new();
+        for s in self.state.services.iter().filter(|s| s.checked()) {
+            verdicts.extend(s.living().map(|b| (b.id, (s.group, b.health))));
+        }
+        let before = std::mem::replace(&mut self.verdicts, verdicts);
+        let gone = before.keys().filter(|id| !self.verdicts.contains_key(id)).map(|id| (*id, None));
+        let changed =
+            self.verdicts.iter().filter(|(id, (_, health))| before.get(id).is_none_or(|b| b.1 != *health));
+        let news: Vec<_> = gone.chain(changed.map(|(id, (_, health))| (*id, Some(*health)))).collect();
+        let mut pulse = super::lock(&self.pulse);
+        pulse.set_assignments(assignments, self.state.index);
+        pulse.set_verdicts(news);
         let members = self.state.members.iter().map(|m| (m.node.id, m.node.address));
         let configured: Vec<_> = self.config.peers.iter().map(|p| (p.id, p.address)).collect();
         let members: Vec<_> = members.filter(|(id, _)| configured.iter().all(|(c, _)| c != id)).collect();

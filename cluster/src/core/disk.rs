@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use raft::eraftpb::Message;
 
+use crate::rules::Rule;
+
 /// Writes that were handed out, in order, and messages that may leave only after them.
 #[derive(Debug, Default)]
 pub(super) struct Disk {
@@ -60,7 +62,7 @@ impl Disk {
     }
 
     fn hold(&mut self, after: u64, messages: Vec<Message>) -> Vec<Message> {
-        if self.persisted >= after {
+        if self.persisted >= after || Rule::PersistFirst.is_broken() {
             return messages;
         }
         self.held.extend(messages.into_iter().map(|m| (after, m)));

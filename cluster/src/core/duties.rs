@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use komainu_proto::domain::{BackendId, Health, NodeId, Role};
+use komainu_proto::domain::{BackendId, GroupId, Health, NodeId, Role};
 
 use super::{Core, Failure, MAX_REQUESTS, Now, Output, Request, Ticket, UnderWay};
 use crate::api::Observation;
@@ -143,7 +143,7 @@ impl Core {
         let now = self.now.at;
         let verdicts: Vec<Verdict> = {
             let pulse = super::lock(&self.pulse);
-            let seen = views(&self.state, &pulse, self.me);
+            let seen = views(&self.state, &self.verdicts, &pulse, self.me);
             let due = seen.into_iter().filter(|(id, o)| {
                 !self.verdicts_asked.get(id).is_some_and(|(h, at)| *h == o.health && now.since(*at) < REPEAT)
             });
@@ -207,13 +207,18 @@ impl Core {
 }
 
 /// What to take for each backend, where it differs from the verdict.
-fn views<'a>(state: &State, pulse: &'a Pulse, me: RaftId) -> BTreeMap<BackendId, &'a Observation> {
+fn views<'a>(
+    state: &State,
+    verdicts: &BTreeMap<BackendId, (GroupId, Health)>,
+    pulse: &'a Pulse,
+    me: RaftId,
+) -> BTreeMap<BackendId, &'a Observation> {
     let mut views: BTreeMap<BackendId, &Observation> = BTreeMap::new();
     let balancers = state.members.iter().filter(|m| m.node.role == Role::Balancer).map(|m| m.node.id);
     let mut sources: Vec<(NodeId, Vec<&Observation>)> = Vec::new();
     for node in balancers {
         if node == me.node() {
-            sources.push((node, pulse.differing().collect()));
+            sources.push((node, pulse.differing().take(MAX_VERDICTS).collect()));
         } else if pulse.peer(node).is_some_and(|p| p.alive) {
             sources.push((node, pulse.peer_observations(node).iter().collect()));
         }
@@ -221,14 +226,13 @@ fn views<'a>(state: &State, pulse: &'a Pulse, me: RaftId) -> BTreeMap<BackendId,
     let living: Vec<NodeId> = sources.iter().map(|(n, _)| *n).collect();
     for (node, observations) in sources {
         for o in observations {
-            let Some((service, backend)) = state.backend(o.backend) else { continue };
-            if o.health == Health::Unknown || backend.health == o.health || !service.checked() || backend.gone
-            {
+            let Some(&(group, verdict)) = verdicts.get(&o.backend) else { continue };
+            if o.health == Health::Unknown || verdict == o.health {
                 continue;
             }
-            let owner = state.group(service.group).and_then(|g| g.owner).filter(|o| living.contains(o));
+            let owner = state.group(group).and_then(|g| g.owner).filter(|o| living.contains(o));
             // Before the first verdict anybody's view is better than none.
-            if owner.is_none_or(|o| o == node) || backend.health == Health::Unknown {
+            if owner.is_none_or(|o| o == node) || verdict == Health::Unknown {
                 let keep = owner == Some(node) || !views.contains_key(&o.backend);
                 if keep {
                     views.insert(o.backend, o);

@@ -16,6 +16,7 @@ use komainu_proto::domain::{GroupId, NodeId};
 
 use super::{Output, Ownership};
 use crate::api::LeaseUpdate;
+use crate::rules::Rule;
 use crate::time::Instant;
 
 /// Releases remembered. More than there can be groups: only groups that this node has not heard of yet, or that are
@@ -179,7 +180,7 @@ impl Holdings {
             self.grants.get(&group).filter(|(epoch, _)| *epoch == assigned.epoch).map(|(_, until)| *until);
         if let (true, Some(until)) = (assigned.node == Some(self.me) && !self.has_released(own), granted) {
             self.yielded.remove(&group);
-            if self.installed < assigned.index {
+            if self.installed < assigned.index && !Rule::InstalledFirst.is_broken() {
                 // Granted, but the lane has not got the tables yet. What it had before under an older epoch is over.
                 return if before.epoch == assigned.epoch {
                     before

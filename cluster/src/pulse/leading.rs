@@ -7,6 +7,7 @@ use komainu_proto::domain::{GroupId, NodeId};
 
 use super::Ownership;
 use crate::raft::RaftId;
+use crate::rules::Rule;
 use crate::time::Instant;
 
 /// Leadership in one term.
@@ -93,7 +94,7 @@ impl Leading {
         }
         let quorum = self.voters.len() / 2 + 1;
         let others_needed = quorum - usize::from(self.voters.contains(&me));
-        let base = if others_needed == 0 {
+        let base = if others_needed == 0 || Rule::QuorumLease.is_broken() {
             now
         } else {
             let mut newest: Vec<Instant> =

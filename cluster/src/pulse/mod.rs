@@ -40,6 +40,8 @@ pub use holding::Assignment;
 use crate::api::{LeaseUpdate, NodeIdentity, Observation, SelfHealth};
 use crate::core::Config;
 use crate::raft::RaftId;
+use crate::rules::Rule;
+use crate::state::MAX_BACKENDS_TOTAL;
 use crate::time::Instant;
 use crate::timing::Timing;
 use holding::Holdings;
@@ -485,8 +487,9 @@ impl Pulse {
     /// Whether this node may vote or campaign at `now`: no leader that it helped to a lease can still have it.
     pub fn may_promise(&self, now: Instant) -> bool {
         let promised = self.timing.election_min;
-        let started = self.sole || now >= self.started_at.after(promised);
-        let heard = self.heard_leader_at.is_none_or(|at| now >= at.after(promised));
+        let started = self.sole || now >= self.started_at.after(promised) || Rule::StartWait.is_broken();
+        let heard =
+            self.heard_leader_at.is_none_or(|at| now >= at.after(promised)) || Rule::Promise.is_broken();
         let own = now >= self.own_lease_end && self.leading.as_ref().is_none_or(|l| now >= l.lease_end);
         started && heard && own
     }
@@ -494,7 +497,8 @@ impl Pulse {
     /// The earliest instant at which [`Pulse::may_promise`] can hold.
     pub fn promise_free_at(&self) -> Instant {
         let promised = self.timing.election_min;
-        let started = if self.sole { Instant::default() } else { self.started_at.after(promised) };
+        let no_wait = self.sole || Rule::StartWait.is_broken();
+        let started = if no_wait { Instant::default() } else { self.started_at.after(promised) };
         let heard = self.heard_leader_at.map_or(Instant::default(), |at| at.after(promised));
         started.max(heard).max(self.own_lease_end).max(self.lease_end())
     }
@@ -538,6 +542,13 @@ impl Pulse {
     /// What this node's checks see of one backend.
     pub fn set_observation(&mut self, observation: Observation) {
         let id = observation.backend;
+        if !self.observations.contains_key(&id) && self.observations.len() >= MAX_BACKENDS_TOTAL {
+            // Checks of backends that are gone may have reported once more.
+            self.observations.retain(|id, _| self.verdicts.contains_key(id));
+            if self.observations.len() >= MAX_BACKENDS_TOTAL {
+                return;
+            }
+        }
         self.observations.insert(id, observation);
         self.compare(id);
     }
@@ -551,13 +562,20 @@ impl Pulse {
         }
     }
 
-    /// Replicated verdicts; observations of backends that are in none are forgotten.
-    pub(crate) fn set_verdicts(&mut self, verdicts: BTreeMap<BackendId, Health>) {
-        self.observations.retain(|id, _| verdicts.contains_key(id));
-        self.verdicts = verdicts;
-        self.differing.clear();
-        let ids: Vec<BackendId> = self.observations.keys().copied().collect();
-        ids.into_iter().for_each(|id| self.compare(id));
+    /// Replicated verdicts that changed, and backends that are gone.
+    pub(crate) fn set_verdicts(&mut self, changed: Vec<(BackendId, Option<Health>)>) {
+        for (id, verdict) in changed {
+            match verdict {
+                Some(health) => {
+                    self.verdicts.insert(id, health);
+                }
+                None => {
+                    self.verdicts.remove(&id);
+                    self.observations.remove(&id);
+                }
+            }
+            self.compare(id);
+        }
     }
 
     /// Ownership by the replicated state, which has reached log index `applied`.
@@ -575,11 +593,6 @@ impl Pulse {
             // A new owner need not wait for the next beat to hear of its grant.
             self.beat_now();
         }
-    }
-
-    /// Log index that the replicated state has reached.
-    pub(crate) fn set_applied(&mut self, applied: u64) {
-        self.applied = self.applied.max(applied);
     }
 
     /// Members with their addresses, besides those of the node file.
@@ -672,6 +685,7 @@ impl Pulse {
         self.advance(now);
         let answers = self.holdings.held(self.now).next().is_some() || !self.lane_in_force();
         match &mut self.leading {
+            Some(_) if Rule::RetireFirst.is_broken() => true,
             Some(l) if !answers && l.last_grant_end(target) <= self.now => {
                 l.retired = true;
                 true
@@ -701,7 +715,10 @@ impl Pulse {
     /// Whether nobody can answer for a group under `epoch` any more: released, or every grant has run out. Only a
     /// leader knows, and only after [`Pulse::revoke`].
     pub(crate) fn is_free(&self, o: Ownership, now: Instant) -> bool {
-        let Some(l) = self.leading.as_ref().filter(|l| l.open) else { return false };
+        let Some(l) = self.leading.as_ref() else { return false };
+        if Rule::ReleaseFirst.is_broken() {
+            return true;
+        }
         // Own old grants (of a term before) are in the lane too.
         if self.holdings.answers(o.group, now) || !self.lane_in_force() {
             return false;
@@ -893,7 +910,8 @@ impl Pulse {
         if !l.may_grant(now) || !peer.alive(now, silent_after) || deaf || l.only_to.is_some_and(|n| n != to) {
             return (None, Vec::new(), releases);
         }
-        let Some(contact) = peer.limit(l.lease_end, |left| self.timing.on_another_clock(left)) else {
+        let end = if Rule::GrantWithinLease.is_broken() { now.after(self.timing.lease) } else { l.lease_end };
+        let Some(contact) = peer.limit(end, |left| self.timing.on_another_clock(left)) else {
             return (None, Vec::new(), releases);
         };
         let grants: Vec<Ownership> = owned.into_iter().take(MAX_OWNERSHIPS).collect();

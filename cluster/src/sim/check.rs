@@ -73,9 +73,10 @@ impl Checker {
         self.acknowledged.len()
     }
 
-    /// Every acknowledged change is in the state.
+    /// Every acknowledged change is in the state, as far back as its history goes.
     pub fn nothing_lost(&self, state: &State) -> Result<(), String> {
-        for (revision, who) in &self.acknowledged {
+        let first = state.history.front().map_or(0, |r| r.revision);
+        for (revision, who) in self.acknowledged.iter().filter(|(revision, _)| *revision >= first) {
             match state.revision(*revision) {
                 Some(r) if r.who == *who => {}
                 found => {

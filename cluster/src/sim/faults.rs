@@ -10,6 +10,42 @@ use crate::timing::Timing;
 /// How long the cluster may take to be whole again after the last fault.
 const HEALS_WITHIN: Time = 6_000 * MS;
 
+/// The kinds of faults, and how likely each is at most.
+const KINDS: [(Kind, u64); 9] = [
+    (Kind::Kill, 6),
+    (Kind::PowerOff, 6),
+    (Kind::Pause, 6),
+    (Kind::Cut, 8),
+    (Kind::Split, 6),
+    (Kind::Unfit, 3),
+    (Kind::Switchover, 5),
+    (Kind::Resign, 4),
+    (Kind::LostDisk, 2),
+];
+
+/// A kind of fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A process ends; or one that has ended is started again.
+    Kill,
+    /// A machine loses power; or it is switched on again.
+    PowerOff,
+    /// A process is frozen.
+    Pause,
+    /// One link is cut, one way or both; or all are mended.
+    Cut,
+    /// The nodes fall into two halves; or all cuts are mended.
+    Split,
+    /// A node becomes unfit, or fit again.
+    Unfit,
+    /// An operator moves a group.
+    Switchover,
+    /// A node is stopped in an orderly way, and started again.
+    Resign,
+    /// A machine comes back with an empty disk.
+    LostDisk,
+}
+
 /// What a run is made of.
 #[derive(Clone, Debug)]
 pub struct Mix {
@@ -23,8 +59,8 @@ pub struct Mix {
     pub lasts: Time,
     /// Longest time between two faults.
     pub every: Time,
-    /// How likely each kind of fault is: kill, power off, pause, cut, unfit, switchover, lost disk.
-    pub kinds: [u64; 7],
+    /// How likely each kind of fault is, by [`KINDS`].
+    pub kinds: [u64; KINDS.len()],
     /// Clocks drift by up to this.
     pub drift_ppm: i64,
 }
@@ -53,9 +89,13 @@ impl Mix {
                 slow_ppm: some(r, 50_000) as u32,
                 slow: r.between(20 * MS, 500 * MS),
             },
-            lasts: r.between(1_000 * MS, 4_000 * MS),
+            lasts: if r.below(4) == 0 {
+                r.between(4_000 * MS, 9_000 * MS)
+            } else {
+                r.between(1_000 * MS, 4_000 * MS)
+            },
             every: r.between(50 * MS, 600 * MS),
-            kinds: [some(r, 5), some(r, 5), some(r, 5), some(r, 8), some(r, 3), some(r, 5), some(r, 2)],
+            kinds: KINDS.map(|(_, most)| some(r, most)),
             drift_ppm: r.below(10_001) as i64,
         }
     }
@@ -120,45 +160,63 @@ fn fault(w: &mut World, mix: &Mix, r: &mut Random, ids: &[u64]) -> Result<(), St
         return Ok(());
     }
     let mut pick = r.below(total);
-    let kind = mix.kinds.iter().position(|n| {
-        let here = pick < *n;
-        pick = pick.wrapping_sub(*n);
-        here
-    });
+    let mut kind = Kind::Kill;
+    for ((k, _), likely) in KINDS.iter().zip(mix.kinds) {
+        if pick < likely {
+            kind = *k;
+            break;
+        }
+        pick -= likely;
+    }
     let node = ids[r.below(ids.len() as u64) as usize];
+    let other = ids[r.below(ids.len() as u64) as usize];
     let running = w.process(node).is_some();
     match kind {
-        Some(0) if running => w.kill(node),
-        Some(1) if running => {
-            w.say(node, || "loses power".to_owned());
-            w.power_off(node);
+        Kind::Kill | Kind::PowerOff if running => {
+            if kind == Kind::PowerOff {
+                w.say(node, || "loses power".to_owned());
+                w.power_off(node);
+            } else {
+                w.kill(node);
+            }
+            if r.below(2) == 0 {
+                // A supervisor starts it again at once: it must remember, or wait out, what it promised.
+                let lasts = r.below(60 * MS);
+                w.run_for(lasts)?;
+                w.start(node)?;
+            }
         }
-        Some(0 | 1) => w.start(node)?,
-        Some(2) if running => {
+        Kind::Kill | Kind::PowerOff => w.start(node)?,
+        Kind::Pause if running => {
             let lasts = r.between(5 * MS, 1_500 * MS);
             w.pause(node, lasts);
         }
-        Some(3) => {
-            let other = ids[r.below(ids.len() as u64) as usize];
-            if !w.cut.is_empty() && r.below(2) == 0 {
-                w.say(0, || "all cuts are mended".to_owned());
-                w.cut.clear();
-            } else if r.below(3) == 0 {
-                w.say(node, || format!("does not reach n{other}"));
-                w.cut.insert((node, other));
-            } else if r.below(2) == 0 {
-                w.say(node, || format!("is cut from n{other}"));
-                w.cut.extend([(node, other), (other, node)]);
-            } else {
-                w.say(node, || "is cut off".to_owned());
-                w.cut.extend(ids.iter().flat_map(|&o| [(node, o), (o, node)]));
+        Kind::Cut | Kind::Split if !w.cut.is_empty() && r.below(2) == 0 => {
+            w.say(0, || "all cuts are mended".to_owned());
+            w.cut.clear();
+        }
+        Kind::Cut if r.below(3) == 0 => {
+            w.say(node, || format!("does not reach n{other}"));
+            w.cut.insert((node, other));
+        }
+        Kind::Cut => {
+            w.say(node, || format!("is cut from n{other}"));
+            w.cut.extend([(node, other), (other, node)]);
+        }
+        Kind::Split => {
+            let half: Vec<u64> = ids.iter().copied().filter(|_| r.below(2) == 0).collect();
+            w.say(0, || format!("{half:?} are cut from the rest"));
+            for (&a, &b) in half.iter().flat_map(|a| ids.iter().map(move |b| (a, b))) {
+                if !half.contains(&b) {
+                    w.cut.extend([(a, b), (b, a)]);
+                }
             }
         }
-        Some(4) => {
+        Kind::Unfit => {
             let fit = w.machine(node).fit;
             w.set_fit(node, !fit)?;
         }
-        Some(5) => {
+        Kind::Switchover => {
             let to =
                 (r.below(2) == 0).then_some(node).filter(|n| w.machines[n].identity.role == Role::Balancer);
             if let Some(leader) = w.leader() {
@@ -166,8 +224,20 @@ fn fault(w: &mut World, mix: &Mix, r: &mut Random, ids: &[u64]) -> Result<(), St
                 w.switchover(leader, "g0", to)?;
             }
         }
+        Kind::Resign if running => {
+            w.say(node, || "is stopped".to_owned());
+            if let Some(p) = w.process(node) {
+                p.pulse.lock().expect("no panic").set_resigning(true);
+            }
+            let until = w.t + r.between(10 * MS, 1_500 * MS);
+            w.run_until(until, |w| w.process(node).is_none_or(|p| p.core.has_resigned()))?;
+            w.kill(node);
+            w.start(node)?;
+        }
         // One disk at a time, and only while every other node is there: two lost disks of three are a lost cluster.
-        Some(6) if ids.len() >= 3 && ids.iter().all(|id| w.process(*id).is_some()) && replaceable(w, ids) => {
+        Kind::LostDisk
+            if ids.len() >= 3 && ids.iter().all(|id| w.process(*id).is_some()) && replaceable(w, ids) =>
+        {
             w.say(node, || "loses its disk".to_owned());
             w.power_off(node);
             w.machine(node).disk.lose_everything();
@@ -178,16 +248,11 @@ fn fault(w: &mut World, mix: &Mix, r: &mut Random, ids: &[u64]) -> Result<(), St
     Ok(())
 }
 
-/// Whether every node votes, so that one disk more can be lost.
+/// Whether every node votes and everybody knows it, so that one disk more can be lost.
 fn replaceable(w: &World, ids: &[u64]) -> bool {
-    w.leader().and_then(|l| w.process(l)).is_some_and(|p| {
-        let voters: std::collections::BTreeSet<u64> = p.core.voters().map(|v| v.node().0).collect();
-        voters.len() == ids.len()
-            && p.core.voters().count() == ids.len()
-            && ids
-                .iter()
-                .all(|id| w.process(*id).is_some_and(|o| p.core.voters().any(|v| v == o.core.raft_id())))
-    })
+    let mut running = ids.iter().filter_map(|id| w.process(*id));
+    let own: std::collections::BTreeSet<_> = running.clone().map(|p| p.core.raft_id()).collect();
+    running.all(|p| p.core.voters().collect::<std::collections::BTreeSet<_>>() == own)
 }
 
 fn heal(w: &mut World, ids: &[u64]) -> Result<(), String> {
@@ -246,9 +311,28 @@ fn whole_again(w: &mut World, mix: &Mix, ids: &[u64]) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::Rule;
 
     /// Seeds of one `cargo test`.
     const SEEDS: u64 = 200;
+
+    /// The simulation has teeth: each rule, broken, is found within these many seeds.
+    #[test]
+    fn every_broken_rule_is_found() {
+        const WITHIN: u64 = 3000;
+        let missed: Vec<Rule> = Rule::ALL
+            .into_iter()
+            .filter(|rule| {
+                let found = (1..=WITHIN).find_map(|seed| {
+                    let result = std::panic::catch_unwind(|| rule.broken(|| run(seed, false).1));
+                    Some((seed, result.unwrap_or_else(|_| Err("a node panicked".to_owned())).err()?))
+                });
+                println!("{rule:?}: {found:?}");
+                found.is_none()
+            })
+            .collect();
+        assert!(missed.is_empty(), "not found: {missed:?}");
+    }
 
     #[test]
     fn three_nodes_form_a_cluster() {

@@ -45,6 +45,8 @@ pub struct Machine {
     pub backlog: VecDeque<super::world::Arrival>,
     /// The deadline that is in the queue.
     pub wake_at: Option<Time>,
+    /// Index of the tables in its lane.
+    pub installed: u64,
     /// Fit to own a group.
     pub fit: bool,
 }
@@ -91,6 +93,7 @@ impl Machine {
             paused_until: 0,
             backlog: VecDeque::new(),
             wake_at: None,
+            installed: 0,
             fit: true,
         }
     }
@@ -128,6 +131,7 @@ impl Machine {
         };
         // A lane that is started permits nothing.
         self.lane.clear();
+        self.installed = 0;
         let core = Core::start(config, self.disk.load().expect("memory can be read"), self.now(t))
             .expect("the store is in order");
         let pulse = core.pulse();

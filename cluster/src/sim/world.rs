@@ -358,6 +358,7 @@ impl World {
                 let now = machine.now(t);
                 match &machine.process {
                     Some(p) if machine.generation == generation => {
+                        machine.installed = machine.installed.max(index);
                         p.pulse.lock().expect("no panic").set_installed(index, now.at);
                         self.drive(node)
                     }
@@ -516,6 +517,17 @@ impl World {
                 let machine = self.machine(node);
                 if machine.answers(group, t).is_none() {
                     return Err(format!("node {node} announces group {} without a lease", group.0));
+                }
+                let assigned = machine
+                    .process
+                    .as_ref()
+                    .and_then(|p| p.core.state().group(group))
+                    .map(|g| g.assigned_index);
+                if assigned.is_none_or(|index| machine.installed < index) {
+                    return Err(format!(
+                        "node {node} announces group {} before its tables are installed",
+                        group.0
+                    ));
                 }
                 self.say(node, || format!("announces group {}", group.0));
                 Ok(())
