@@ -192,6 +192,9 @@ impl Core {
             };
             self.answer(entry.index, entry.term, result);
         }
+        if members_changed {
+            self.keep_configuration();
+        }
         self.state = Arc::new(state);
         self.observe_timers(None);
         self.tell_pulse(wide || members_changed);
@@ -224,6 +227,18 @@ impl Core {
             return Ok(Outcome { index: entry.index, revision: state.revision, ..Outcome::default() });
         }
         state.apply(entry.index, &decode(&entry.context, entry.index))
+    }
+
+    /// Writes the commit index down, which otherwise only goes along with something else: a node that is started again
+    /// before it hears of a leader campaigns in the configuration that it knows to be committed. While a lost store is
+    /// replaced that may be one voter more, and two nodes of three would be no majority of it.
+    fn keep_configuration(&mut self) {
+        if self.cluster == 0 {
+            return;
+        }
+        let number = self.disk.begin(0, false);
+        let hard_state = Some(self.hard_state.clone());
+        self.out.push_back(Output::Persist(Persist { number, hard_state, sync: true, ..Persist::default() }));
     }
 
     /// Ends the request whose entry stands at `index`.
