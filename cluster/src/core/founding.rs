@@ -1,8 +1,8 @@
 //! How a cluster begins.
 //!
 //! Nodes with empty stores find each other by their beats. When a majority of the configured nodes is present and empty,
-//! and nobody present has a store, each supports the one with the lowest id, and sticks to it while that one is heard.
-//! The node that a majority supports makes a cluster of which it is the only voter, and admits the others like any node
+//! and nobody present has a store, each supports the one with the lowest id that it hears, and sticks to it while that one
+//! is heard and supports itself; where that one supports a lower one, it follows. The node that a majority supports makes a cluster of which it is the only voter, and admits the others like any node
 //! that joins. It takes no command from operators before a majority of the configured nodes votes in it: so, if two
 //! nodes should found after all (a crash and a cut within these milliseconds), at most one of the two clusters can ever
 //! hold anything.
@@ -42,12 +42,17 @@ impl Core {
             }
             return;
         }
-        let sticks = self
-            .members
-            .supported
-            .filter(|n| *n == me || pulse.peer(*n).is_some_and(|p| p.since_beat < STICK && p.cluster == 0));
         let lowest = present.iter().map(|p| p.identity.id).chain([me]).min();
-        let support = sticks.or(lowest);
+        let support = match self.members.supported {
+            // Whoever supports another one does not found; so those who supported it may follow it there.
+            Some(node) if node != me => {
+                match pulse.peer(node).filter(|p| p.since_beat < STICK && p.cluster == 0) {
+                    Some(p) => Some(p.support.filter(|s| *s < node).unwrap_or(node)),
+                    None => lowest,
+                }
+            }
+            _ => lowest,
+        };
         self.members.supported = support;
         pulse.set_support(support);
         let supporters = 1 + present.iter().filter(|p| p.support == Some(me)).count();

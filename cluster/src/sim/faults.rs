@@ -429,6 +429,21 @@ mod tests {
     }
 
     #[test]
+    fn any_number_of_nodes_form_one_cluster() {
+        for nodes in 1..=7 {
+            for seed in 0..20 {
+                let mut w = World::new(seed, &vec![Role::Balancer; nodes], Timing::default());
+                w.weather.delay = (1 + seed) * MS;
+                (1..=nodes as u64).for_each(|id| w.start(id).unwrap());
+                w.run_for(5_000 * MS).unwrap();
+                let voters = |id| w.process(id).unwrap().core.voters().collect::<Vec<_>>();
+                assert_eq!(voters(1).len(), nodes, "{nodes} nodes, seed {seed}");
+                assert!((1..=nodes as u64).all(|id| voters(id) == voters(1)), "{nodes} nodes, seed {seed}");
+            }
+        }
+    }
+
+    #[test]
     fn three_nodes_form_a_cluster() {
         let mut w = World::new(1, &[Role::Balancer, Role::Balancer, Role::Witness], Timing::default());
         w.verbose = true;
