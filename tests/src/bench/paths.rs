@@ -75,11 +75,11 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Builds it.
+    /// Builds it. `ring_slots`: see [`AfPacketConfig::ring_slots`].
     ///
     /// # Errors
     /// Missing privileges, no `nft`, or a refusal of the kernel.
-    pub fn build() -> Result<Stage> {
+    pub fn build(ring_slots: usize) -> Result<Stage> {
         let lab = Lab::build(&topology()).context("build the network namespaces")?;
         for name in ["router", "dnat"] {
             for key in ["all", "eth0"] {
@@ -95,7 +95,7 @@ impl Stage {
                 DNAT[0]
             ),
         )?;
-        let config = AfPacketConfig::new("eth0", Some("eth1".to_owned()));
+        let config = AfPacketConfig { ring_slots, ..AfPacketConfig::new("eth0", Some("eth1".to_owned())) };
         let lane = lane::start(lab.host("lb"), config)?;
         let mut plan = lane::plan(1, &[VIP], &[INSIDE_VIP], &[SNAT]);
         for protocol in [Protocol::Tcp, Protocol::Udp] {

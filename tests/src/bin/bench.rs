@@ -9,16 +9,18 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use komainu_packet::lane::Lane;
+use komainu_packet::lane::af_packet::DEFAULT_RING_SLOTS;
 use komainu_tests::bench::measure::Metric;
 use komainu_tests::bench::paths::Stage;
 use komainu_tests::bench::report::{self, Line};
 
-const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--runs N] [--ms N]
+const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--runs N] [--ms N] [--slots N]
   --quick   3 runs of half a second each instead of 5 of one second
   --docs    also write docs/benchmarks.md
   --only    one metric (tcp_bulk, udp_packets, tcp_connections) or one line of the results; writes nothing
   --runs    rounds
-  --ms      milliseconds a run";
+  --ms      milliseconds a run
+  --slots   slots of each of the lane's receive rings";
 /// Time over which the lane is watched at rest.
 const REST: Duration = Duration::from_secs(3);
 
@@ -28,6 +30,7 @@ struct Options {
     time: Duration,
     docs: bool,
     only: Option<String>,
+    slots: usize,
 }
 
 fn main() -> ExitCode {
@@ -41,7 +44,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let stage = Stage::build()?;
+    let stage = Stage::build(options.slots)?;
     let mut lines = Vec::new();
     for metric in Metric::ALL {
         let wanted = |path: &str| match &options.only {
@@ -108,7 +111,8 @@ fn lane_time() -> Result<Duration> {
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { runs: 5, time: Duration::from_secs(1), docs: false, only: None };
+    let mut options =
+        Options { runs: 5, time: Duration::from_secs(1), docs: false, only: None, slots: DEFAULT_RING_SLOTS };
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || match args.next() {
@@ -121,6 +125,7 @@ fn options() -> Result<Options> {
             "--only" => options.only = Some(value()?),
             "--runs" => options.runs = value()?.parse()?,
             "--ms" => options.time = Duration::from_millis(value()?.parse()?),
+            "--slots" => options.slots = value()?.parse()?,
             _ => bail!("unknown option {arg}\n{USAGE}"),
         }
     }
