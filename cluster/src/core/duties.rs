@@ -6,10 +6,10 @@ use std::time::Duration;
 use komainu_proto::domain::{BackendId, GroupId, Health, NodeId, Role};
 
 use super::{Core, Failure, MAX_REQUESTS, Now, Output, Request, Ticket, UnderWay};
-use crate::api::Observation;
+use crate::api::{NodeIdentity, Observation};
 use crate::pulse::{Ownership, Pulse};
 use crate::raft::RaftId;
-use crate::state::{Change, Command, MAX_VERDICTS, State, Verdict};
+use crate::state::{Change, Command, MAX_MEMBERS, MAX_VERDICTS, Outcome, State, Verdict};
 
 /// How long to wait before a verdict that was proposed and hasn't shown up is proposed again.
 const REPEAT: Duration = Duration::from_millis(500);
@@ -46,21 +46,56 @@ impl Core {
                 let index = self.raft.raft.raft_log.last_index();
                 self.requests.insert(index, UnderWay { ticket, term: self.raft.raft.term });
             }
-            Request::Join(node) => {
-                if let Some(m) =
-                    self.state.members.iter().find(|m| m.node.id != node.id && m.node.name == node.name)
-                {
-                    let text = format!(
-                        "node {} is named \"{}\" already: choose another name",
-                        m.node.id.0, node.name
-                    );
-                    return Err(Failure::Impossible(text));
-                }
-                if let Some(old) = self.members.join(node, ticket) {
-                    self.out.push_back(Output::Done { ticket: old, result: Err(Failure::Lost) });
-                }
-            }
+            Request::Join(node) => self.accept_join(node, ticket)?,
             Request::Leave(node) => self.accept_leave(node, ticket)?,
+        }
+        Ok(())
+    }
+
+    /// What can't come to a good end is refused at once: a join waits until the node is heard.
+    fn accept_join(&mut self, node: NodeIdentity, ticket: Ticket) -> Result<(), Failure> {
+        let members = || self.state.members.iter().map(|m| &m.node);
+        if members().any(|m| *m == node) {
+            // Repeated after its answer was lost.
+            let outcome = Outcome { index: self.state.index, ..Outcome::default() };
+            self.out.push_back(Output::Done { ticket, result: Ok(outcome) });
+            return Ok(());
+        }
+        let impossible = |text: String| Err(Failure::Impossible(text));
+        if let Some(m) = members().find(|m| m.id == node.id) {
+            return impossible(format!(
+                "node {} is a member already, named \"{}\": give the new node a number of its own",
+                m.id.0, m.name
+            ));
+        }
+        if let Some(m) = members().find(|m| m.name == node.name) {
+            return impossible(format!(
+                "node {} is named \"{}\" already: choose another name",
+                m.id.0, m.name
+            ));
+        }
+        if let Some(m) = members().find(|m| m.address == node.address) {
+            return impossible(format!(
+                "node {} (\"{}\") is at {} already: give the address of the new node",
+                m.id.0, m.name, m.address
+            ));
+        }
+        if members().count() + self.members.joining().count() >= MAX_MEMBERS
+            && !self.members.joining().any(|n| n == node.id)
+        {
+            return impossible(format!(
+                "there are {MAX_MEMBERS} members already, those who are to join included: remove one first"
+            ));
+        }
+        let heard = self.lock().peer(node.id).filter(|p| p.alive).map(|p| p.identity);
+        if let Some(said) = heard.filter(|said| *said != node) {
+            return impossible(format!(
+                "node {} says of itself that it is {} \"{}\" at {}: join it as that, or correct its node file",
+                said.id.0, said.role, said.name, said.address
+            ));
+        }
+        if let Some(old) = self.members.join(node, ticket) {
+            self.out.push_back(Output::Done { ticket: old, result: Err(Failure::Lost) });
         }
         Ok(())
     }

@@ -40,6 +40,10 @@ impl Membership {
         self.leaving.insert(node, ticket)
     }
 
+    pub(super) fn joining(&self) -> impl Iterator<Item = NodeId> + '_ {
+        self.joining.keys().copied()
+    }
+
     pub(super) fn leaving(&self) -> impl Iterator<Item = NodeId> + '_ {
         self.leaving.keys().copied()
     }
@@ -146,7 +150,8 @@ impl Core {
         if self.state.members.len() >= MAX_MEMBERS {
             return false;
         }
-        let asked_for = self.members.joining.contains_key(&id);
+        // As what it was asked for: another machine with this number is not meant.
+        let asked_for = self.members.joining.get(&id).is_some_and(|(node, _)| *node == p.identity);
         let known = self.config.peers.iter().any(|c| c.id == id)
             || self.state.members.iter().any(|m| m.node.id == id);
         // One with a store of this cluster that is no member was removed, and stays so until an operator asks.

@@ -5,6 +5,7 @@ use komainu_proto::domain::{GroupId, NodeId, Role};
 
 use super::machine::{Machine, Time};
 use super::world::{MS, World};
+use crate::api::NodeIdentity;
 use crate::core::Request;
 use crate::timing::Timing;
 
@@ -295,6 +296,30 @@ fn nodes_join_and_leave_while_running() {
     w.start(1).unwrap();
     w.run_for(1_000 * MS).unwrap();
     assert_eq!(w.process(4).unwrap().core.voters().count(), 2);
+}
+
+#[test]
+fn a_node_joins_only_as_what_the_operator_asked_for() {
+    let mut w = formed(2, &PAIR_AND_WITNESS, 1);
+    let four = Machine::new(4, Role::Balancer, &[1, 2, 3, 4], Timing::default());
+    let as_it_is = four.identity.clone();
+    w.machines.insert(4, four);
+    let voters = |w: &World| w.process(w.leader().unwrap()).unwrap().core.voters().count();
+    let otherwise = NodeIdentity { role: Role::Witness, ..as_it_is.clone() };
+    // Asked for before it is heard, and after.
+    let leader = w.leader().unwrap();
+    w.request(leader, Request::Join(otherwise.clone())).unwrap();
+    w.start(4).unwrap();
+    w.run_for(1_000 * MS).unwrap();
+    w.request(leader, Request::Join(otherwise)).unwrap();
+    w.run_for(1_000 * MS).unwrap();
+    assert_eq!(voters(&w), 3);
+    // Once right, twice: the second time there is nothing left to do.
+    for _ in 0..2 {
+        w.request(leader, Request::Join(as_it_is.clone())).unwrap();
+        w.run_for(1_000 * MS).unwrap();
+        assert_eq!(voters(&w), 4);
+    }
 }
 
 #[test]
