@@ -1,5 +1,6 @@
 //! What went wrong, as gRPC statuses whose message says what was refused, where, and what to do.
 
+use komainu_cluster::api::NodeIdentity;
 use komainu_cluster::shell::{ProposeError, QueryError};
 use komainu_cluster::state::{self, Refusal};
 use komainu_proto::admin::Problem;
@@ -14,6 +15,17 @@ pub fn propose(error: ProposeError) -> Status {
         ProposeError::NoLeader | ProposeError::Stopping => Status::unavailable(error.to_string()),
         ProposeError::Timeout => Status::deadline_exceeded(error.to_string()),
         ProposeError::Impossible(_) => Status::failed_precondition(error.to_string()),
+    }
+}
+
+/// A node that was not admitted. Most often it is the node that is waited for, not the leader.
+pub fn join(node: &NodeIdentity, error: ProposeError) -> Status {
+    match error {
+        ProposeError::Timeout => Status::deadline_exceeded(format!(
+            "node {} \"{}\" is not heard at {}; start it, with this cluster's nodes in its node file and their secret_file: it is admitted as soon as it is heard, see `komainu node list`",
+            node.id.0, node.name, node.address
+        )),
+        error => propose(error),
     }
 }
 

@@ -18,6 +18,7 @@ use tracing::info;
 
 use super::query::{MAX_FLOWS, ask};
 use super::{Context, changes, identity, listen, refuse, status};
+use crate::config::node::is_node_name;
 
 /// Flows listed when the request gives no limit.
 const DEFAULT_FLOWS: u32 = 1000;
@@ -224,11 +225,17 @@ impl Admin for Administration {
         if !(1..=65535).contains(&id) {
             return Err(refuse::argument("id", id, "is not a node id", "give 1..=65535"));
         }
-        if name.is_empty() {
-            return Err(refuse::argument("name", "", "is missing", "give the name from the node's file"));
+        if !is_node_name(&name) {
+            let action = "give the name from the node's file: letters, digits, '-', '_' or '.'";
+            return Err(refuse::argument("name", name, "is not a node name", action));
+        }
+        if address.ip().is_unspecified() || address.ip().is_multicast() || address.port() == 0 {
+            let action = "give the node's cluster.listen, under which the other nodes reach it";
+            return Err(refuse::argument("address", address, "is not the address of one node", action));
         }
         let node = NodeIdentity { id: NodeId(id), name, role, address };
-        let outcome = self.context.cluster.join(node.clone()).await.map_err(refuse::propose)?;
+        let outcome =
+            self.context.cluster.join(node.clone()).await.map_err(|error| refuse::join(&node, error))?;
         info!(target: changes::AUDIT, who, index = outcome.index, node = node.name, "node join");
         self.context.see(outcome.index).await;
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))

@@ -424,6 +424,36 @@ async fn any_node_answers_for_the_owner_and_for_the_cluster() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_join_that_cannot_come_true_is_refused_at_once() {
+    let world = World::new(1);
+    let node = world.start(1, "").await;
+    let mut client = node.client().await;
+    node.until("leads", |s| s.cluster.as_ref().unwrap().leader == Some(1)).await;
+    let join = |id, name: &str, address: &str| NodeJoinRequest {
+        id,
+        name: name.to_owned(),
+        role: Role::Balancer.to_wire(),
+        address: address.to_owned(),
+    };
+    let (elsewhere, here) = ("192.0.2.9:7800", world.addresses[0].to_string());
+    let argument = Code::InvalidArgument;
+    let impossible = Code::FailedPrecondition;
+    for (request, code, words) in [
+        (join(4, "a b", elsewhere), argument, ["name", "a b"]),
+        (join(4, "lb4", "0.0.0.0:7800"), argument, ["address", "0.0.0.0:7800"]),
+        (join(4, "lb4", "192.0.2.9:0"), argument, ["address", "192.0.2.9:0"]),
+        (join(1, "lb4", elsewhere), impossible, ["node 1", "a member already"]),
+        (join(4, "lb1", elsewhere), impossible, ["node 1", "another name"]),
+        (join(4, "lb4", &here), impossible, ["node 1", &here]),
+    ] {
+        refused(client.node_join(request).await, code, &words);
+    }
+    // Repeated after a lost answer.
+    client.node_join(join(1, "lb1", &here)).await.unwrap();
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_and_reflection_are_served() {
     use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
     use tonic_reflection::pb::v1::{

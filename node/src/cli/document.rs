@@ -1,7 +1,5 @@
 //! The cluster document as a whole.
 
-use std::io::Read;
-
 use komainu_proto::admin::{
     ApplyRequest, ChangeResponse, ConfirmRequest, Document, ExportRequest, HistoryRequest, Problem,
     RestoreRequest, RollbackRequest,
@@ -12,7 +10,7 @@ use super::CliError;
 use super::args::ApplyArgs;
 use super::connect::Client;
 use super::output::Output;
-use crate::config::document;
+use crate::config::{document, files};
 use crate::render::json;
 use crate::render::table::Table;
 use crate::render::time;
@@ -156,14 +154,12 @@ pub fn report(output: &Output, change: ChangeResponse, dry_run: bool) -> Result<
 
 fn read(file: &std::path::Path) -> Result<(String, String), CliError> {
     if file.as_os_str() == "-" {
-        let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text).map_err(|error| {
-            CliError::new(format!("stdin: can't be read: {error}; give it as UTF-8 text"))
-        })?;
+        let text = files::read_bounded(std::io::stdin().lock())
+            .map_err(|error| crate::config::ConfigError::unreadable("stdin", &error))?;
         return Ok(("stdin".to_owned(), text));
     }
     let name = file.display().to_string();
-    let text = std::fs::read_to_string(file)
-        .map_err(|error| crate::config::ConfigError::unreadable(&name, &error))?;
+    let text =
+        files::read_text(file).map_err(|error| crate::config::ConfigError::unreadable(&name, &error))?;
     Ok((name, text))
 }

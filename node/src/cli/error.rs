@@ -69,7 +69,9 @@ fn text(status: &tonic::Status) -> String {
             )
         }
         Code::Cancelled => {
-            format!("the node ended the call ({message}); it may be stopping, try another one with --node")
+            format!(
+                "the node ended the call ({message}); it may be stopping or not accept your certificate; see its log, or ask another one with --node"
+            )
         }
         _ if message.is_empty() => format!("the node answered {:?} without a reason", status.code()),
         _ => message,

@@ -11,6 +11,8 @@ use super::CliError;
 use super::args::Cli;
 use super::output::Output;
 use crate::config::NodeConfig;
+use crate::config::node::LogFormat;
+use crate::daemon::RunError;
 use crate::{check, daemon};
 
 /// Runs the daemon until it is told to stop.
@@ -18,8 +20,23 @@ use crate::{check, daemon};
 /// # Errors
 /// The node file or the machine is wrong, or a part of the daemon failed.
 pub fn run(file: &Path) -> Result<ExitCode, CliError> {
-    let config = NodeConfig::load(file).map_err(|error| CliError::new(error.to_string()))?;
-    daemon::run(config).map_err(|error| CliError::new(error.to_string()))
+    let config = NodeConfig::load(file)?;
+    let format = config.log.format;
+    daemon::run(config).or_else(|error| ended(format, &error))
+}
+
+/// Tells once why the daemon ended: as its log does, when programs read that, else as every command does.
+fn ended(format: LogFormat, error: &RunError) -> Result<ExitCode, CliError> {
+    let lines: Vec<String> = error.to_string().lines().map(str::to_owned).collect();
+    match format {
+        LogFormat::Human => Err(CliError::Failed(lines)),
+        LogFormat::Json => {
+            for line in lines {
+                tracing::error!("{line}");
+            }
+            Ok(ExitCode::FAILURE)
+        }
+    }
 }
 
 /// Tells whether the node file is right and the machine can do what it asks. Fails, with everything on stdout, when not.

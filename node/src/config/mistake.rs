@@ -55,7 +55,8 @@ impl ConfigError {
         let action = match error.kind() {
             std::io::ErrorKind::NotFound => "give the right path with -c or -f",
             std::io::ErrorKind::PermissionDenied => "run as a user who may read it",
-            _ => "",
+            std::io::ErrorKind::IsADirectory => "name the file in it",
+            _ => "give a TOML file",
         };
         ConfigError {
             mistakes: vec![Mistake {
@@ -83,6 +84,18 @@ pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_told_with_advice() {
+        let dir = tempfile::tempdir().unwrap();
+        let junk = dir.path().join("junk.toml");
+        std::fs::write(&junk, [0xff, 0x00, 0x80]).unwrap();
+        for path in [junk.as_path(), dir.path(), &dir.path().join("absent")] {
+            let error = crate::config::files::read_text(path).unwrap_err();
+            let told = ConfigError::unreadable("services.toml", &error).to_string();
+            assert!(told.starts_with("services.toml: can't be read: ") && told.contains("; "), "{told}");
+        }
+    }
 
     #[test]
     fn the_nearest_word_is_found_or_none() {

@@ -155,7 +155,7 @@ impl NodeConfig {
     /// Everything that is wrong.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let file = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|error| ConfigError::unreadable(&file, &error))?;
+        let text = files::read_text(path).map_err(|error| ConfigError::unreadable(&file, &error))?;
         Self::read(&file, &text, true)
     }
 
@@ -223,10 +223,15 @@ fn node_id(section: &mut Section<'_>, key: &'static str) -> Option<NodeId> {
     }
 }
 
+/// Whether a node may have this name.
+pub fn is_node_name(name: &str) -> bool {
+    (1..=MAX_NAME_LEN).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}
+
 fn node_name(root: &mut Section<'_>) -> Option<String> {
     let name: String = root.required("name", "add name = \"…\", unique in the cluster")?;
-    let fits = (1..=MAX_NAME_LEN).contains(&name.len())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    let fits = is_node_name(&name);
     if !fits {
         root.wrong(
             "name",

@@ -32,10 +32,13 @@ pub(super) struct DataPathFacts {
 impl Facts {
     /// What an operator should know beside what the cluster layer says.
     pub(super) fn notices(&self) -> Vec<String> {
-        let Some(d) = &self.data_path else { return Vec::new() };
-        let mut notices = lock(&d.install).notices();
-        let own: Vec<_> = d.path.lane().links().into_iter().flat_map(|l| l.addresses).collect();
-        notices.extend(planner::off_segment(&self.cluster.view().borrow().state, &own));
+        let view = self.cluster.view().borrow().clone();
+        let mut notices: Vec<String> = not_admitted(&view).into_iter().collect();
+        if let Some(d) = &self.data_path {
+            notices.extend(lock(&d.install).notices());
+            let own: Vec<_> = d.path.lane().links().into_iter().flat_map(|l| l.addresses).collect();
+            notices.extend(planner::off_segment(&view.state, &own));
+        }
         notices
     }
 
@@ -56,11 +59,26 @@ impl Facts {
             .filter(|g| g.owner == Some(view.node.id))
             .map(|g| g.config.name.as_str())
             .collect();
-        match own.is_empty() {
-            true => format!("standby; {leader}"),
-            false => format!("owner of {}; {leader}", own.join(", ")),
+        match (own.is_empty(), view.leader) {
+            (true, _) => format!("standby; {leader}"),
+            // Nobody renews the leases: by the time somebody reads this they have ended.
+            (false, None) => format!("no leader: no lease for {}", own.join(", ")),
+            (false, Some(_)) => format!("owner of {}; {leader}", own.join(", ")),
         }
     }
+}
+
+/// A node that runs, hears a cluster, and is none of it.
+fn not_admitted(view: &View) -> Option<String> {
+    let me = &view.node;
+    let waits =
+        view.leader.is_some_and(|l| l != me.id) && view.state.members.iter().all(|m| m.node.id != me.id);
+    waits.then(|| {
+        format!(
+            "this node is no member yet: `komainu node join {} {} {} --role {}` on a member admits it",
+            me.id.0, me.name, me.address, me.role
+        )
+    })
 }
 
 impl metrics::Source for Facts {
@@ -100,4 +118,59 @@ impl metrics::Source for Facts {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().expect("a panic anywhere ends the process")
+}
+
+#[cfg(test)]
+mod tests {
+    use komainu_cluster::api::NodeIdentity;
+    use komainu_cluster::shell::Quorum;
+    use komainu_cluster::state::{Change, Command, State};
+    use komainu_proto::domain::NodeId;
+
+    use super::*;
+    use crate::config::document;
+
+    const DOCUMENT: &str = "[[group]]\nname = \"web\"\nvips = [\"192.0.2.100\"]\n";
+
+    /// What node 4 sees of a cluster in which it owns the only group.
+    fn view(role: Role, leader: Option<u64>) -> View {
+        let document = document::parse("services.toml", DOCUMENT).unwrap().document;
+        let mut state = State::default();
+        let change = Change::Apply { document, if_revision: None, confirm_within_ms: None };
+        state.apply(1, &Command::own(0, change)).unwrap();
+        let mut group = (*state.groups[0]).clone();
+        group.owner = Some(NodeId(4));
+        state.groups[0] = group.into();
+        let address = "192.0.2.4:7800".parse().unwrap();
+        View {
+            state: Arc::new(state),
+            node: NodeIdentity { id: NodeId(4), name: "lb4".to_owned(), role, address },
+            raft_id: 4,
+            leader: leader.map(NodeId),
+            term: 1,
+            voter: false,
+            members: vec![],
+            leases: vec![],
+            quorum: Quorum::Witness,
+            solo: false,
+            notes: vec![],
+            at: komainu_cluster::time::Instant(0),
+        }
+    }
+
+    #[test]
+    fn an_owner_without_a_leader_is_not_told_to_own_anything() {
+        assert_eq!(Facts::line(&view(Role::Balancer, None)), "no leader: no lease for web");
+        assert!(Facts::line(&view(Role::Balancer, Some(1))).starts_with("owner of web; leader"));
+        assert_eq!(Facts::line(&view(Role::Witness, None)), "witness; no leader");
+    }
+
+    #[test]
+    fn a_node_that_is_no_member_says_how_it_becomes_one() {
+        let told = not_admitted(&view(Role::Balancer, Some(1))).unwrap();
+        assert!(told.contains("komainu node join 4 lb4 192.0.2.4:7800 --role balancer"), "{told}");
+        // It may yet be the cluster's founder.
+        assert_eq!(not_admitted(&view(Role::Balancer, None)), None);
+        assert_eq!(not_admitted(&view(Role::Balancer, Some(4))), None);
+    }
 }

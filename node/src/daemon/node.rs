@@ -21,7 +21,6 @@ use komainu_cluster::state::{ServiceState, State};
 use komainu_packet::lane::SharedLane;
 use komainu_packet::lane::af_packet::AfPacketLane;
 use komainu_packet::time::BootTime;
-use komainu_proto::domain::Role;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -235,7 +234,7 @@ fn watch_self(
     }
 }
 
-/// Hands every new state to those who live by it. A witness only tells systemd.
+/// Hands every new state to those who live by it, and tells the log and systemd who leads and owns.
 async fn follow(
     mut views: watch::Receiver<Arc<View>>,
     to: Option<(Arc<Installer>, Arc<Checker>)>,
@@ -258,9 +257,7 @@ async fn follow(
         }
         let now = Facts::line(&view);
         if now != line {
-            if view.node.role == Role::Balancer || line.is_empty() {
-                tracing::info!("{now}");
-            }
+            tracing::info!("{now}");
             systemd::status(&now);
             line = now;
         }
