@@ -34,7 +34,8 @@ impl Core {
     /// Notices that this node has won or lost a term.
     fn note_role(&mut self) {
         let role = (self.raft.raft.state, self.raft.raft.term);
-        let pulse_leads = self.lock().is_leading();
+        let now = self.now.at;
+        let pulse_leads = self.lock().attend(now);
         if self.raft.raft.state == StateRole::Leader && !pulse_leads && self.seen == role {
             // A beat of a higher term has made the pulse step down; `raft` would learn of it a little later.
             self.raft.raft.become_follower(role.1, raft::INVALID_ID);
@@ -171,6 +172,9 @@ impl Core {
         if entries.is_empty() {
             return;
         }
+        // What the log held at start was begun before, by the wall clock; the rest begins now.
+        let restored = entries.first().is_some_and(|e| e.index <= self.restored_through);
+        let restored_wall_ms = restored.then_some(self.now.wall_ms);
         let mut state = State::clone(&self.state);
         let mut wide = false;
         let mut members_changed = false;
@@ -196,7 +200,7 @@ impl Core {
             self.keep_configuration();
         }
         self.state = Arc::new(state);
-        self.observe_timers(None);
+        self.observe_timers(restored_wall_ms);
         self.tell_pulse(wide || members_changed);
         let opened = self.is_leader() && self.state.index >= self.term_start;
         if opened {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use raft::eraftpb::Message;
+use raft::eraftpb::{Message, MessageType};
 
 use crate::rules::Rule;
 
@@ -18,6 +18,8 @@ pub(super) struct Disk {
     /// Write, and the `Ready` that it completes.
     under_way: VecDeque<(u64, u64)>,
     held: VecDeque<(u64, Message)>,
+    /// Nothing is written any more.
+    failed: bool,
 }
 
 /// What a completed write sets free.
@@ -65,8 +67,25 @@ impl Disk {
         if self.persisted >= after || Rule::PersistFirst.is_broken() {
             return messages;
         }
+        if self.failed {
+            // What rests on the disk would be held for ever. That this node is there doesn't: without its answer the leader
+            // would take it for dead, and in a pair give up although its lease is acknowledged.
+            let is_answer = |m: &Message| m.get_msg_type() == MessageType::MsgHeartbeatResponse;
+            return messages.into_iter().filter(is_answer).collect();
+        }
         self.held.extend(messages.into_iter().map(|m| (after, m)));
         Vec::new()
+    }
+
+    /// The newest write, and with it every later one, will never be on disk.
+    pub(super) fn fail(&mut self) {
+        self.failed = true;
+        self.held.clear();
+    }
+
+    /// Whether writing has failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed
     }
 
     /// Every write up to `number` is on disk.
@@ -104,6 +123,18 @@ mod tests {
         assert_eq!(d.after_writes(vec![message(2)]), []);
         assert_eq!(d.persisted(1), Freed { ready: Some(7), messages: vec![message(1)] });
         assert_eq!(d.persisted(2), Freed { ready: Some(8), messages: vec![message(2)] });
+    }
+
+    #[test]
+    fn a_failed_disk_holds_nothing_back_for_ever_and_promises_nothing() {
+        let mut d = Disk::default();
+        d.begin(1, true);
+        assert_eq!(d.after_writes(vec![message(1)]), []);
+        d.fail();
+        let mut answer = Message::default();
+        answer.set_msg_type(MessageType::MsgHeartbeatResponse);
+        assert_eq!(d.after_writes(vec![message(2), answer.clone()]), [answer]);
+        assert_eq!(d.held.len(), 0);
     }
 
     #[test]

@@ -32,7 +32,7 @@ impl Core {
         if !self.is_leader() {
             return Err(Failure::NotLeader { leader: self.leader().filter(|n| *n != self.me.node()) });
         }
-        if self.transfer.is_some() || self.requests.len() >= MAX_REQUESTS {
+        if self.transfer.is_some() || self.requests.len() >= MAX_REQUESTS || self.disk.has_failed() {
             return Err(Failure::Busy);
         }
         match request {
@@ -44,7 +44,11 @@ impl Core {
                 }
                 self.raft.propose(Vec::new(), command.encode()).map_err(|_| Failure::Busy)?;
                 let index = self.raft.raft.raft_log.last_index();
-                self.requests.insert(index, UnderWay { ticket, term: self.raft.raft.term });
+                let under_way = UnderWay { ticket, term: self.raft.raft.term };
+                if let Some(old) = self.requests.insert(index, under_way) {
+                    // From an earlier term: the entry that stood here is gone.
+                    self.out.push_back(Output::Done { ticket: old.ticket, result: Err(Failure::Lost) });
+                }
             }
             Request::Join(node) => self.accept_join(node, ticket)?,
             Request::Leave(node) => self.accept_leave(node, ticket)?,
@@ -122,6 +126,10 @@ impl Core {
 
     /// Everything that a leader looks at after each event.
     pub(super) fn duties(&mut self) {
+        if self.disk.has_failed() {
+            // What it decided it would never see applied: a group that it took back would stay without an owner.
+            return;
+        }
         if self.transfer.is_some() {
             return self.transfer_duty();
         }

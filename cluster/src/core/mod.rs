@@ -115,6 +115,8 @@ pub struct Core {
     snapshots_since: BTreeMap<u64, Instant>,
     /// Whom leadership is being handed to, and since when.
     transfer: Option<(NodeId, Instant)>,
+    /// The log's last entry at start: what was begun up to here may have begun long ago.
+    restored_through: u64,
     now: Now,
     out: VecDeque<Output>,
 }
@@ -153,6 +155,7 @@ impl Core {
         let election = Election::new(config.timing, config.identity.role, config.seed, now.at);
         let applied = log.newest_snapshot().get_metadata().index;
         let hard_state = log.hard_state().clone();
+        let restored_through = log.last();
         let raft = new_raft(me, log, applied)?;
         let conf = raft.raft.prs().conf().to_conf_state();
         let mut core = Core {
@@ -179,6 +182,7 @@ impl Core {
             verdicts_asked: BTreeMap::new(),
             snapshots_since: BTreeMap::new(),
             transfer: None,
+            restored_through,
             now,
             out: VecDeque::new(),
             config,
@@ -304,6 +308,11 @@ impl Core {
         if message.to != self.me.0 || message.from == self.me.0 {
             return;
         }
+        if self.lock().is_foreign(RaftId(message.from)) {
+            // It admitted this node before that one belonged to a cluster. Two logs that have nothing to do with each
+            // other must not be taken for one.
+            return;
+        }
         match message.get_msg_type() {
             MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => self.vote_asked(message),
             MessageType::MsgRequestPreVoteResponse | MessageType::MsgTimeoutNow => self.may_campaign(message),
@@ -332,6 +341,14 @@ impl Core {
             self.maybe_campaign();
         }
         self.settle();
+    }
+
+    /// A write was not carried out, and none will be any more: what rests on one is never said. As a leader this node
+    /// decides nothing from now on, and gives way as soon as the others can do without it.
+    pub fn handle_store_failed(&mut self, now: Now) {
+        self.now = now;
+        self.disk.fail();
+        self.lock().set_store_failed(now.at);
     }
 
     /// A message of [`Via::Stream`] could not be delivered to a node.
@@ -380,7 +397,7 @@ impl Core {
 
     /// When to campaign; absent while this node can't.
     fn campaign_at(&self, pulse: &Pulse) -> Option<Instant> {
-        if !self.raft.raft.promotable() || self.waits_for_disk() {
+        if !self.raft.raft.promotable() || self.waits_for_disk() || self.disk.has_failed() {
             return None;
         }
         if pulse.is_sole() {
@@ -525,11 +542,13 @@ impl Core {
         for message in messages {
             let to = RaftId(message.to).node();
             let kind = message.get_msg_type();
-            if kind == MessageType::MsgTimeoutNow {
-                assert!(
-                    self.lock().is_retired() || Rule::RetireFirst.is_broken(),
-                    "leadership is handed over only after the lease has been given up"
-                );
+            if kind == MessageType::MsgTimeoutNow
+                && !self.lock().is_retired()
+                && !Rule::RetireFirst.is_broken()
+            {
+                // The lease was given up before this message was made; that it isn't now means that a beat of a higher
+                // term has ended this leadership in between. Then there is nothing to hand over.
+                continue;
             }
             let via = match kind {
                 MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot => {

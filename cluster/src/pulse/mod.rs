@@ -57,6 +57,13 @@ const SILENT_BEATS: u32 = 3;
 /// acknowledgement takes the way there and back.
 const DEAF_BEATS: u32 = 2 * SILENT_BEATS;
 
+/// A leader whose Raft thread has not been seen for so long hangs in a write and decides nothing any more. Far longer than
+/// a busy disk takes: giving way costs an election.
+const UNATTENDED: Duration = Duration::from_secs(5);
+/// A node whose store has failed gives way after this, a leader after twice as long: so it hears first whether the others'
+/// have failed, too.
+const FAILED_FOR: Duration = Duration::from_secs(1);
+
 /// What the beat thread is to do, in this order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
@@ -154,6 +161,14 @@ pub struct Pulse {
     /// No other node can hold a lease or vote: the wait after a start protects nobody.
     sole: bool,
     leading: Option<Leading>,
+    /// Who votes, by the configuration applied here.
+    voters: Vec<RaftId>,
+    /// When the Raft thread was last here.
+    attended_at: Instant,
+    /// Since when the store takes nothing.
+    store_failed_at: Option<Instant>,
+    /// Nodes whose beats said that they belong to another cluster.
+    foreign: BTreeMap<NodeId, RaftId>,
     peers: BTreeMap<NodeId, Peer>,
     holdings: Holdings,
     health: SelfHealth,
@@ -191,6 +206,10 @@ impl Pulse {
             own_lease_end: Instant::default(),
             sole: false,
             leading: None,
+            voters: Vec::new(),
+            attended_at: now,
+            store_failed_at: None,
+            foreign: BTreeMap::new(),
             peers: BTreeMap::new(),
             holdings: Holdings::new(config.identity.id, config.timing.grace),
             health: SelfHealth::default(),
@@ -383,6 +402,7 @@ impl Pulse {
             self.next_beat_at = if on_time > self.now { on_time } else { self.now.after(self.timing.beat) };
             // A silent node makes no event; who decides about ownership must look at it again.
             self.prompt();
+            self.give_way();
         }
         self.renew();
     }
@@ -393,6 +413,9 @@ impl Pulse {
             return Err(Ignored::OwnId);
         }
         if self.cluster != 0 && beat.cluster != 0 && beat.cluster != self.cluster {
+            if self.foreign.len() < MAX_PEERS || self.foreign.contains_key(&node) {
+                self.foreign.insert(node, from);
+            }
             return Err(Ignored::OtherCluster);
         }
         if !self.peers.contains_key(&node) && self.peers.len() >= MAX_PEERS && !self.forget_a_stranger() {
@@ -463,6 +486,34 @@ impl Pulse {
                 self.holdings.grant(o, until);
             }
         }
+    }
+
+    /// A leader that can't write, or whose Raft thread hangs in a write, renews leases and decides nothing: a group whose
+    /// owner dies would stay without one. It leads no more, and a node whose store has failed wants its groups taken,
+    /// provided that the others can agree on something without it. Where they can't, as in a pair, going on is better.
+    fn give_way(&mut self) {
+        let wait = if self.leading.is_some() { FAILED_FOR * 2 } else { FAILED_FOR };
+        let failed = self.store_failed_at.is_some_and(|at| self.now.since(at) >= wait);
+        let unattended = self.leading.is_some() && self.now.since(self.attended_at) >= UNATTENDED;
+        if !failed && !unattended || !self.others_suffice() {
+            return;
+        }
+        self.step_down();
+        if failed {
+            self.set_resigning(true);
+        }
+    }
+
+    /// Whether the other voters that are alive and well are a quorum.
+    fn others_suffice(&self) -> bool {
+        let well = |id: &RaftId| {
+            *id != self.me
+                && self.peers.get(&id.node()).is_some_and(|p| {
+                    p.alive(self.now, self.silent_after())
+                        && p.heard.as_ref().is_some_and(|h| h.beat.from == *id && !h.beat.resigning)
+                })
+        };
+        self.voters.iter().filter(|id| well(id)).count() > self.voters.len() / 2
     }
 
     fn accepts(&self, term: u64) -> bool {
@@ -642,8 +693,25 @@ impl Pulse {
         self.beat_now();
     }
 
+    /// The Raft thread is here. Answers whether this node leads.
+    pub(crate) fn attend(&mut self, now: Instant) -> bool {
+        self.attended_at = self.attended_at.max(now);
+        self.is_leading()
+    }
+
+    /// The store takes nothing any more.
+    pub(crate) fn set_store_failed(&mut self, now: Instant) {
+        self.store_failed_at.get_or_insert(now);
+    }
+
+    /// Whether a Raft id is known to belong to another cluster.
+    pub(crate) fn is_foreign(&self, id: RaftId) -> bool {
+        self.cluster != 0 && self.foreign.get(&id.node()) == Some(&id)
+    }
+
     /// The voters of the configuration in force.
     pub(crate) fn set_voters(&mut self, voters: Vec<RaftId>) {
+        self.voters.clone_from(&voters);
         if let Some(l) = &mut self.leading {
             l.set_voters(voters);
         }

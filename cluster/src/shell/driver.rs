@@ -158,6 +158,7 @@ impl Driver {
 
     /// What could not be written is never reported as persisted: no vote and no acknowledgement that rests on it leaves.
     fn store_failed(&mut self, error: &crate::store::StoreError) {
+        self.core.handle_store_failed(clock::now());
         let mut notes = super::lock(&self.notes);
         if matches!(error, crate::store::StoreError::Broken(_)) {
             return;

@@ -33,6 +33,8 @@ pub struct Machine {
     pub drift_ppm: i64,
     /// What is on disk.
     pub disk: MemoryStore,
+    /// Every write fails from now on.
+    pub disk_full: bool,
     /// Leases in the lane: they stay there when the process dies.
     pub lane: BTreeMap<GroupId, LeaseUpdate>,
     /// The process.
@@ -87,6 +89,7 @@ impl Machine {
             boot_offset: 1_000_000_000 * id,
             drift_ppm: 0,
             disk: MemoryStore::new(),
+            disk_full: false,
             lane: BTreeMap::new(),
             process: None,
             generation: 0,

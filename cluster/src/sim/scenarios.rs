@@ -336,3 +336,84 @@ fn the_whole_cluster_comes_back_with_what_it_knew() {
     let state = w.process(1).unwrap().core.state().clone();
     w.checker.nothing_lost(&state).unwrap();
 }
+
+/// A leader whose disk is full renewed its lease and decided nothing: a group whose owner died stayed without one.
+#[test]
+fn a_leader_whose_disk_is_full_gives_way() {
+    for seed in 0..5 {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        w.run_for(5_000 * MS).unwrap();
+        let leader = w.leader().unwrap();
+        w.machine(leader).disk_full = true;
+        w.change(leader, 2).unwrap();
+        w.run_for(4_000 * MS).unwrap();
+        let next = w.leader().unwrap();
+        assert_ne!(next, leader, "seed {seed}");
+        assert!(w.owner(G).is_some_and(|n| n != leader), "seed {seed}");
+        w.change(next, 1).unwrap();
+        assert_eq!(longest_gap(&mut w, 1_000 * MS), 0, "seed {seed}");
+    }
+}
+
+/// Where nobody could take over, a full disk costs changes, not service.
+#[test]
+fn full_disks_that_leave_no_quorum_interrupt_nothing() {
+    for (roles, full) in [
+        (&PAIR_AND_WITNESS[..2], &[1][..]),
+        (&PAIR_AND_WITNESS[..2], &[2][..]),
+        (&PAIR_AND_WITNESS[..], &[1, 2, 3][..]),
+    ] {
+        let mut w = formed(3, roles, 1);
+        w.run_for(5_000 * MS).unwrap();
+        for &node in full {
+            w.machine(node).disk_full = true;
+        }
+        let leader = w.leader().unwrap();
+        w.change(leader, 2).unwrap();
+        assert_eq!(longest_gap(&mut w, 4_000 * MS), 0, "{full:?} of {}", roles.len());
+    }
+}
+
+/// What a restart finds in the log began before it: a drain or a confirmation must not begin anew.
+#[test]
+fn durations_go_on_over_a_restart() {
+    let mut w = formed(1, &PAIR_AND_WITNESS[..1], 1);
+    let change = crate::state::Change::Apply {
+        document: super::world::document(2, 7),
+        if_revision: None,
+        confirm_within_ms: Some(20_000),
+    };
+    let wall_ms = w.machines[&1].now(w.t).wall_ms;
+    let command = crate::state::Command { id: None, who: "operator".to_owned(), wall_ms, change };
+    w.request(1, Request::Command(Box::new(command))).unwrap();
+    w.run_for(15_000 * MS).unwrap();
+    w.kill(1);
+    w.start(1).unwrap();
+    let pending = |w: &World| w.process(1).unwrap().core.state().pending.is_some();
+    w.run_for(4_000 * MS).unwrap();
+    assert!(pending(&w));
+    w.run_for(2_000 * MS).unwrap();
+    assert!(!pending(&w));
+}
+
+/// A founder that dies before those that it admitted got its snapshot: they found a cluster of their own. When it comes
+/// back, it must not send its log into theirs.
+#[test]
+fn two_clusters_with_one_secret_leave_each_other_alone() {
+    let mut met = 0;
+    for seed in 0..20 {
+        let mut w = World::new(seed, &PAIR_AND_WITNESS, Timing::default());
+        (1..=3).try_for_each(|id| w.start(id)).unwrap();
+        let admitted = |w: &World| w.process(1).is_some_and(|p| p.core.state().members.len() > 1);
+        assert!(w.run_until(3_000 * MS, admitted).unwrap());
+        w.kill(1);
+        w.run_for(6_000 * MS).unwrap();
+        let Some(other) = w.leader() else { continue };
+        w.start(1).unwrap();
+        w.run_for(2_000 * MS).unwrap();
+        let two = w.process(1).is_some_and(|p| !p.core.is_empty() && p.core.is_leader());
+        met += u32::from(two);
+        assert!(w.process(other).is_some_and(|p| p.core.voters().count() >= 2), "seed {seed}");
+    }
+    assert!(met > 0, "no seed made two clusters");
+}

@@ -566,7 +566,12 @@ impl World {
                 let machine = self.machine(node);
                 let generation = machine.generation;
                 let number = write.number;
+                let (disk_full, now) = (machine.disk_full, machine.now(t));
                 let Some(p) = &mut machine.process else { return Ok(()) };
+                if disk_full {
+                    p.core.handle_store_failed(now);
+                    return Ok(());
+                }
                 // One thread writes: a write begins when the one before is done.
                 let at = p.writing.back().map_or(t, |(_, done)| *done).max(t) + lasts;
                 p.writing.push_back((write, at));
