@@ -117,6 +117,8 @@ pub struct Core {
     transfer: Option<(NodeId, Instant)>,
     /// The log's last entry at start: what was begun up to here may have begun long ago.
     restored_through: u64,
+    /// The newest term in which this node led and has given up its lease.
+    retired_in: Option<u64>,
     now: Now,
     out: VecDeque<Output>,
 }
@@ -183,6 +185,7 @@ impl Core {
             snapshots_since: BTreeMap::new(),
             transfer: None,
             restored_through,
+            retired_in: None,
             now,
             out: VecDeque::new(),
             config,
@@ -235,6 +238,11 @@ impl Core {
     /// Whether the store is empty: this node belongs to no cluster yet.
     pub fn is_empty(&self) -> bool {
         self.cluster == 0
+    }
+
+    /// Number of the cluster that this node's store belongs to; 0 while it is empty.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
     }
 
     /// Index of the newest entry committed, as far as this node knows.
@@ -542,13 +550,11 @@ impl Core {
         for message in messages {
             let to = RaftId(message.to).node();
             let kind = message.get_msg_type();
-            if kind == MessageType::MsgTimeoutNow
-                && !self.lock().is_retired()
-                && !Rule::RetireFirst.is_broken()
-            {
-                // The lease was given up before this message was made; that it isn't now means that a beat of a higher
-                // term has ended this leadership in between. Then there is nothing to hand over.
-                continue;
+            if kind == MessageType::MsgTimeoutNow {
+                assert!(
+                    self.retired_in == Some(message.term) || Rule::RetireFirst.is_broken(),
+                    "leadership is handed over only after the lease has been given up"
+                );
             }
             let via = match kind {
                 MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot => {

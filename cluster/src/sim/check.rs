@@ -16,7 +16,8 @@ const STATES: usize = 512;
 pub struct Checker {
     /// Highest epoch under which each group was answered for, and by whom.
     epochs: BTreeMap<GroupId, (u64, NodeId)>,
-    states: BTreeMap<u64, Arc<State>>,
+    /// By cluster and index: two clusters have nothing to agree on.
+    states: BTreeMap<(u64, u64), Arc<State>>,
     /// Revision and author of every change that was acknowledged.
     acknowledged: Vec<(u64, String)>,
 }
@@ -46,15 +47,15 @@ impl Checker {
         Ok(())
     }
 
-    /// Every node has the same state at the same index.
-    pub fn state(&mut self, node: NodeId, state: &Arc<State>) -> Result<(), String> {
-        match self.states.get(&state.index) {
+    /// Every node of a cluster has the same state at the same index.
+    pub fn state(&mut self, node: NodeId, cluster: u64, state: &Arc<State>) -> Result<(), String> {
+        match self.states.get(&(cluster, state.index)) {
             Some(known) if **known != **state => {
                 Err(format!("node {} has another state at index {} than others have", node.0, state.index))
             }
             Some(_) => Ok(()),
             None => {
-                self.states.insert(state.index, Arc::clone(state));
+                self.states.insert((cluster, state.index), Arc::clone(state));
                 while self.states.len() > STATES {
                     self.states.pop_first();
                 }
