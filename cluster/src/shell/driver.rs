@@ -15,10 +15,12 @@ use tokio::sync::{oneshot, watch};
 use super::beat::{Waker, context};
 use super::clock;
 use super::facts::Facts;
-use super::guard::AbortOnPanic;
+use super::guard::{AbortOnPanic, be_quick};
 use super::streams::Streams;
 use super::view::View;
+use crate::api::{Observation, SelfHealth};
 use crate::core::{Core, Failure, Output, Request, Ticket, Via};
+use crate::pulse::Pulse;
 use crate::seal::{Kind, Sealer};
 use crate::state::Outcome;
 use crate::store::Store;
@@ -39,6 +41,10 @@ pub(super) enum Event {
     Message(Box<Message>),
     /// A request of this node's own core.
     Request(Request, oneshot::Sender<Result<Outcome, Failure>>),
+    /// What this node's checks see.
+    Observe(Vec<Observation>),
+    /// This node's fitness.
+    SelfHealth(SelfHealth),
     /// A stream to a node broke.
     Unreachable(NodeId),
     /// The beat thread has seen something to decide on.
@@ -68,6 +74,7 @@ impl Driver {
     /// Runs until it has stopped in order.
     pub(super) fn run(mut self) {
         let _guard = AbortOnPanic("raft");
+        be_quick();
         let mut stop_at = None;
         loop {
             self.carry_out();
@@ -115,6 +122,8 @@ impl Driver {
                 self.waiting.insert(ticket, answer);
             }
             Event::Unreachable(node) => self.core.handle_unreachable(node, now),
+            Event::Observe(observations) => observe(&self.core.pulse(), observations),
+            Event::SelfHealth(health) => super::lock(&self.core.pulse()).set_self_health(health),
             Event::Prompt | Event::Stop => {}
         }
     }
@@ -168,5 +177,13 @@ impl Driver {
             *old = Arc::new(view);
             true
         });
+    }
+}
+
+/// Passes on what this node's checks see.
+pub(super) fn observe(pulse: &Mutex<Pulse>, observations: Vec<Observation>) {
+    let mut pulse = super::lock(pulse);
+    for observation in observations {
+        pulse.set_observation(observation);
     }
 }

@@ -8,6 +8,10 @@ use nix::sys::mman::{MlockAllFlags, mlockall};
 /// that serve interrupts (50).
 const BEAT_PRIORITY: i32 = 40;
 
+/// Niceness of the Raft thread: it shares a lock with the beat thread, and must not be put aside by other work while it
+/// holds it. Not real time: applying a big document may take long, and the data path must get its share meanwhile.
+const RAFT_NICENESS: i32 = -20;
+
 /// Ends the process when the thread that holds it panics. A process that goes on without its beat thread or its Raft
 /// thread would look alive and do nothing; a dead one is replaced by its peer.
 #[derive(Debug)]
@@ -37,6 +41,16 @@ pub(super) fn be_prompt() -> Vec<String> {
         ));
     }
     notes
+}
+
+/// Gives the calling thread as big a share of a busy machine as there is. Where that is not allowed the beat thread
+/// isn't allowed its priority either, and has said so.
+pub(super) fn be_quick() {
+    // SAFETY: `gettid` and `setpriority` take and return plain numbers.
+    unsafe {
+        let thread = libc::gettid();
+        libc::setpriority(libc::PRIO_PROCESS, thread as libc::id_t, RAFT_NICENESS);
+    }
 }
 
 fn real_time() -> io::Result<()> {

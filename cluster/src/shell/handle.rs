@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::View;
 use crate::api::{NodeIdentity, Observation, SelfHealth};
 use crate::core::{Failure, Request};
-use crate::state::{Change, Command, Outcome, ProposalId, Refusal};
+use crate::state::{Change, Command, MAX_COMMAND_LEN, Outcome, ProposalId, Refusal};
 
 /// How long a proposal is tried before it is given up: several failovers fit.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -119,6 +119,13 @@ impl ClusterHandle {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let id = Some(ProposalId { session: self.session, sequence });
         let command = Command { id, who: who.to_owned(), wall_ms: self.backstage.wall_ms(), change };
+        let len = command.encode().len();
+        if len > MAX_COMMAND_LEN {
+            let reason = format!(
+                "the change is {len} bytes long and at most {MAX_COMMAND_LEN} can be replicated at once"
+            );
+            return Err(ProposeError::Impossible(reason));
+        }
         self.request(Request::Command(Box::new(command))).await
     }
 

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use bytes::Bytes;
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Sender, TrySendError};
 use komainu_proto::cluster::peer_server::PeerServer;
 use komainu_proto::domain::NodeId;
 use tokio::runtime::Handle;
@@ -18,7 +18,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 
 use super::beat::{BeatThread, Waker};
 use super::client::{Client, MAX_ASK_LEN};
-use super::driver::{Driver, Event, MAX_EVENTS};
+use super::driver::{self, Driver, Event, MAX_EVENTS};
 use super::facts::Facts;
 use super::handle::{Backstage, ClusterHandle, QueryError};
 use super::server::PeerService;
@@ -35,6 +35,12 @@ use crate::store::{self, Store};
 
 /// How long answers that are under way have at an orderly stop.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Calls under way on one connection: a stream of messages, and questions. Whoever has no key is refused only after a
+/// whole message has come in.
+const MAX_CALLS: u32 = 32;
+/// How often a peer's connection is tried for life, and how long that may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 /// Starts the cluster layer of this node: store, sockets, threads, tasks. To be called inside a tokio runtime with at
 /// least two threads, which must outlive the handle. A witness passes no data path.
@@ -124,6 +130,9 @@ fn start_on(
     let server = runtime.spawn(async move {
         let ended = tonic::transport::Server::builder()
             .tcp_nodelay(true)
+            .max_concurrent_streams(MAX_CALLS)
+            .http2_keepalive_interval(Some(KEEP_ALIVE))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE))
             .add_service(server)
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
                 // An error says that the handle is gone: then it ends, too.
@@ -243,7 +252,7 @@ impl Node {
 
 impl Backstage for Node {
     fn request(&self, request: Request, answer: oneshot::Sender<Result<Outcome, Failure>>) {
-        if let Err(crossbeam_channel::TrySendError::Full(Event::Request(_, answer))) =
+        if let Err(TrySendError::Full(Event::Request(_, answer))) =
             self.events.try_send(Event::Request(request, answer))
         {
             let _ = answer.send(Err(Failure::Busy));
@@ -287,18 +296,24 @@ impl Backstage for Node {
         })
     }
 
+    // Through the Raft thread: a thread of ordinary priority that is put aside while it holds the lock would hold up
+    // the beat thread. Only what does not fit goes the short way, because it is not said again.
     fn observe(&self, observations: Vec<Observation>) {
-        let mut pulse = super::lock(&self.pulse);
-        for observation in observations {
-            pulse.set_observation(observation);
+        if let Err(TrySendError::Full(Event::Observe(observations))) =
+            self.events.try_send(Event::Observe(observations))
+        {
+            driver::observe(&self.pulse, observations);
+            self.waker.wake();
         }
-        drop(pulse);
-        self.waker.wake();
     }
 
     fn set_self_health(&self, health: SelfHealth) {
-        super::lock(&self.pulse).set_self_health(health);
-        self.waker.wake();
+        if let Err(TrySendError::Full(Event::SelfHealth(health))) =
+            self.events.try_send(Event::SelfHealth(health))
+        {
+            super::lock(&self.pulse).set_self_health(health);
+            self.waker.wake();
+        }
     }
 
     fn installed(&self) {
