@@ -46,10 +46,11 @@ pub struct Service {
     pub backends: Vec<(String, SocketAddr)>,
 }
 
-/// A quick HTTP check of `/healthz` on `port` of each backend: a death is noticed within about half a second.
+/// A quick HTTP check of `/healthz` on `port` of each backend: a death is noticed within about half a second, and a busy
+/// machine has as long before a living backend is taken for dead.
 pub fn quick_check(port: u16) -> String {
     format!(
-        "type = \"http\"\npath = \"/healthz\"\nport = {port}\ninterval_ms = 150\ntimeout_ms = 140\nrise = 2\nfall = 2\n"
+        "type = \"http\"\npath = \"/healthz\"\nport = {port}\ninterval_ms = 160\ntimeout_ms = 160\nrise = 2\nfall = 3\n"
     )
 }
 

@@ -274,6 +274,8 @@ async fn answer_http(stream: &mut TcpStream, shared: &Shared, path: &str, close:
                 let chunk = pattern::at(sent, (total - sent).min(256 * 1024));
                 stream.write_all(chunk).await?;
                 sent += chunk.len() as u64;
+                // A client that takes everything at once must not keep a health check waiting on this one thread.
+                tokio::task::yield_now().await;
             }
             Ok(())
         }
