@@ -107,22 +107,22 @@ impl Core {
         }
         // A commit index alone is not worth a write: after a restart the leader tells it again.
         let must_sync = promise || write.snapshot.is_some() || !write.entries.is_empty();
+        // An empty store of a node that doesn't vote has nothing to remember.
         if must_sync && self.cluster != 0 {
             write.hard_state = Some(self.hard_state.clone());
             write.raft_id = (self.disk.newest == 0).then_some(self.me);
             write.sync = true;
             write.number = self.disk.begin(number, promise);
-            self.raft.advance_append_async(ready);
-            self.out.push_back(Output::Persist(write));
-        } else {
-            // An empty store of a node that doesn't vote has nothing to remember either.
-            self.raft.advance_append_async(ready);
-            if self.disk.nothing_to_write(number) {
-                self.raft.on_persist_ready(number);
-            }
         }
+        self.raft.advance_append_async(ready);
+        // A leader's messages go first: its followers' disks work while its own does.
         let at_once = self.disk.after_promise(at_once);
         self.send(at_once);
+        if write.number > 0 {
+            self.out.push_back(Output::Persist(write));
+        } else if self.disk.nothing_to_write(number) {
+            self.raft.on_persist_ready(number);
+        }
         let later = self.disk.after_writes(later);
         self.send(later);
         self.apply(committed);
@@ -308,8 +308,8 @@ impl Core {
     }
 
     pub(super) fn snapshot(&self, index: u64, term: u64) -> Snapshot {
-        let mut snapshot = Snapshot::default();
-        snapshot.data = SnapshotData { cluster: self.cluster, state: State::clone(&self.state) }.encode();
+        let data = SnapshotData { cluster: self.cluster, state: State::clone(&self.state) }.encode();
+        let mut snapshot = Snapshot { data, ..Snapshot::default() };
         let meta = snapshot.mut_metadata();
         meta.index = index;
         meta.term = term;

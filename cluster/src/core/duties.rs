@@ -201,6 +201,7 @@ impl Core {
         let level = self.raft.raft.prs().get(id).is_some_and(|p| p.matched == last);
         if level && pulse.retire(target, now) {
             drop(pulse);
+            self.retired_in = Some(self.raft.raft.term);
             self.raft.transfer_leader(id);
         }
     }

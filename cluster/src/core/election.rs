@@ -101,7 +101,7 @@ impl Election {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
-        Duration::from_nanos((u128::from(z) * d.as_nanos() >> 64) as u64)
+        Duration::from_nanos(((u128::from(z) * d.as_nanos()) >> 64) as u64)
     }
 }
 

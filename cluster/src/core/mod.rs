@@ -115,6 +115,8 @@ pub struct Core {
     snapshots_since: BTreeMap<u64, Instant>,
     /// Whom leadership is being handed to, and since when.
     transfer: Option<(NodeId, Instant)>,
+    /// The newest term in which this node led and has given up its lease.
+    retired_in: Option<u64>,
     now: Now,
     out: VecDeque<Output>,
 }
@@ -179,6 +181,7 @@ impl Core {
             verdicts_asked: BTreeMap::new(),
             snapshots_since: BTreeMap::new(),
             transfer: None,
+            retired_in: None,
             now,
             out: VecDeque::new(),
             config,
@@ -527,7 +530,7 @@ impl Core {
             let kind = message.get_msg_type();
             if kind == MessageType::MsgTimeoutNow {
                 assert!(
-                    self.lock().is_retired() || Rule::RetireFirst.is_broken(),
+                    self.retired_in == Some(message.term) || Rule::RetireFirst.is_broken(),
                     "leadership is handed over only after the lease has been given up"
                 );
             }

@@ -49,7 +49,7 @@ fn told(w: &mut World, name: &str) {
 #[test]
 fn an_election() {
     let mut w = formed(7, &PAIR_AND_WITNESS, 1);
-    w.tell_from_here(7);
+    w.tell_from_here();
     let owner = w.owner(G).unwrap();
     w.kill(owner);
     w.run_for(500 * MS).unwrap();
@@ -60,7 +60,7 @@ fn an_election() {
 #[test]
 fn a_hand_over() {
     let mut w = formed(7, &PAIR_AND_WITNESS, 1);
-    w.tell_from_here(7);
+    w.tell_from_here();
     let owner = w.owner(G).unwrap();
     let leader = w.leader().unwrap();
     w.switchover(leader, "g0", None).unwrap();
@@ -75,7 +75,7 @@ fn leadership_follows_ownership() {
     let leader = w.leader().unwrap();
     w.switchover(leader, "g0", None).unwrap();
     w.run_for(200 * MS).unwrap();
-    w.tell_from_here(7);
+    w.tell_from_here();
     let owner = w.owner(G).unwrap();
     assert_ne!(w.leader(), Some(owner));
     assert_eq!(longest_gap(&mut w, 5_000 * MS), 0);

@@ -29,7 +29,7 @@ pub enum Arrival {
     /// A beat, as bytes.
     Beat(SocketAddr, Vec<u8>),
     /// A Raft message.
-    Raft(Message),
+    Raft(Box<Message>),
     /// A stream to a node broke.
     Unreachable(NodeId),
 }
@@ -180,11 +180,12 @@ impl World {
         self.post(until, Event::Resume { node });
     }
 
-    /// Begins the transcript anew, and with it everything random: what came before no longer shows in it.
-    pub fn tell_from_here(&mut self, seed: u64) {
+    /// Begins the transcript anew. From here on nothing takes any time but what the nodes wait for themselves, so that
+    /// the order in which things happen is theirs and not chance.
+    pub fn tell_from_here(&mut self) {
         self.transcript.clear();
         self.told_from = self.t;
-        self.random = Random(seed);
+        self.weather = Weather { delay: 1, fsync: 1, ..Weather::FAIR };
     }
 
     /// Lets a frozen process go on.
@@ -424,7 +425,7 @@ impl World {
                 let beat = pulse::Beat::decode(&data).expect("a beat survives the wire");
                 let _ = p.pulse.lock().expect("no panic").handle_beat(source, beat, now.at);
             }
-            Arrival::Raft(message) => p.core.handle_message(message, now),
+            Arrival::Raft(message) => p.core.handle_message(*message, now),
             Arrival::Unreachable(node) => p.core.handle_unreachable(node, now),
         }
     }
@@ -552,7 +553,7 @@ impl World {
         let t = self.t;
         match output {
             Output::Send { to, via: Via::Datagram, message, .. } => {
-                self.datagram(node, to.0, Arrival::Raft(message));
+                self.datagram(node, to.0, Arrival::Raft(Box::new(message)));
                 Ok(())
             }
             Output::Send { to, via: Via::Stream, message, .. } => {
@@ -630,7 +631,7 @@ impl World {
             self.post(at + 5 * MS, Event::Arrive { to: from, arrival: Arrival::Unreachable(NodeId(to)) });
             return;
         }
-        self.post(at, Event::Arrive { to, arrival: Arrival::Raft(message) });
+        self.post(at, Event::Arrive { to, arrival: Arrival::Raft(Box::new(message)) });
     }
 
     fn delay(&mut self) -> Time {
