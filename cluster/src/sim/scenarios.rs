@@ -1,11 +1,16 @@
 //! What the cluster does in the situations that it was built for. Each transcript stands in `transcripts/` and reads as
 //! documentation; `UPDATE=1 cargo test` writes them anew.
 
-use komainu_proto::domain::{GroupId, NodeId, Role};
+use komainu_proto::domain::{
+    Backend, DeadBackend, Document, GroupId, Health, HealthCheck, Mode, NodeId, Protocol, Role, Scheduler,
+    Service, UdpFlows,
+};
 
 use super::machine::{Machine, Time};
 use super::world::{MS, World};
+use crate::api::Observation;
 use crate::core::Request;
+use crate::state::{Change, Command};
 use crate::timing::Timing;
 
 const G: GroupId = GroupId(1);
@@ -310,4 +315,94 @@ fn the_whole_cluster_comes_back_with_what_it_knew() {
     assert!((1..=3).all(|g| w.owner(GroupId(g)).is_some()));
     let state = w.process(1).unwrap().core.state().clone();
     w.checker.nothing_lost(&state).unwrap();
+}
+
+/// One service with two backends in `g0`.
+fn document_with_backends() -> Document {
+    let backend = |n: u8| Backend {
+        name: format!("be{n}"),
+        address: std::net::IpAddr::from([10, 9, 0, n]),
+        port: 80,
+        weight: 1,
+        admin: None,
+    };
+    let mut document = super::world::document(1, 1);
+    document.services.push(Service {
+        name: "web".to_owned(),
+        group: "g0".to_owned(),
+        vip: document.groups[0].vips[0],
+        port: 80,
+        protocol: Protocol::Tcp,
+        mode: Mode::Dsr,
+        scheduler: Scheduler::Maglev,
+        dead_backend: DeadBackend::Reset,
+        udp_flows: UdpFlows::Table,
+        tcp_idle_ms: 1000,
+        udp_idle_ms: 1000,
+        health: HealthCheck::default(),
+        backends: vec![backend(1), backend(2)],
+    });
+    document
+}
+
+#[test]
+fn the_owners_view_of_a_backend_is_the_clusters() {
+    let mut w = formed(9, &PAIR_AND_WITNESS, 1);
+    let leader = w.leader().unwrap();
+    let change =
+        Change::Apply { document: document_with_backends(), if_revision: None, confirm_within_ms: None };
+    let command = Command { id: None, who: "operator".to_owned(), wall_ms: 0, change };
+    w.request(leader, Request::Command(Box::new(command))).unwrap();
+    w.run_for(200 * MS).unwrap();
+    let owner = w.owner(G).unwrap();
+    let other = 3 - owner;
+    let health = |w: &World, node: u64| {
+        let state = w.process(node).unwrap().core.state().clone();
+        let service = state.service_named("web").unwrap().clone();
+        let backend = service.backend_named("be1").unwrap();
+        (backend.id, service.health(backend))
+    };
+    let (backend, first) = health(&w, 3);
+    assert_eq!(first, Health::Unknown);
+    let observe = |w: &mut World, node: u64, health: Health| {
+        let o = Observation { backend, health, reason: "seen".to_owned() };
+        w.process(node).unwrap().pulse.lock().unwrap().set_observation(o);
+        w.run_for(100 * MS).unwrap();
+    };
+    // Anybody's first view is better than none; then the owner's counts, and the other's does not.
+    observe(&mut w, other, Health::Up);
+    assert_eq!(health(&w, 3).1, Health::Up);
+    observe(&mut w, other, Health::Down);
+    assert_eq!(health(&w, 3).1, Health::Up);
+    observe(&mut w, owner, Health::Down);
+    assert_eq!(health(&w, 3).1, Health::Down);
+    observe(&mut w, owner, Health::Up);
+    assert_eq!(health(&w, 3).1, Health::Up);
+    // Once the owner is gone, the other is the owner.
+    w.kill(owner);
+    w.run_for(500 * MS).unwrap();
+    assert_eq!(health(&w, 3).1, Health::Down);
+    // The transition that the changes opened ends by itself when every older flow must be gone.
+    observe(&mut w, other, Health::Up);
+    w.run_for(3_000 * MS).unwrap();
+    let state = w.process(3).unwrap().core.state().clone();
+    assert_eq!(state.service_named("web").unwrap().transition, None);
+}
+
+#[test]
+fn addresses_that_left_a_group_become_free() {
+    let mut w = formed(9, &PAIR_AND_WITNESS, 2);
+    let leader = w.leader().unwrap();
+    w.change(leader, 2).unwrap();
+    w.run_for(1_000 * MS).unwrap();
+    assert_eq!(w.process(leader).unwrap().core.state().held, []);
+    // Also when whoever answered for them died with them.
+    let owner = w.owner(G).unwrap();
+    w.change(leader, 2).unwrap();
+    w.power_off(owner);
+    w.run_for(1_500 * MS).unwrap();
+    let leader = w.leader().unwrap();
+    w.change(leader, 2).unwrap();
+    w.run_for(1_500 * MS).unwrap();
+    assert_eq!(w.process(leader).unwrap().core.state().held, []);
 }
