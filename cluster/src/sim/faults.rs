@@ -301,6 +301,7 @@ fn whole_again(w: &mut World, mix: &Mix, ids: &[u64]) -> Result<(), String> {
         let Some(leader) = w.leader() else { return false };
         let Some(index) = w.process(leader).map(|p| p.core.state().index) else { return false };
         groups.iter().all(|g| w.owner(*g).is_some())
+            && w.process(leader).is_some_and(|p| p.core.state().held.is_empty())
             && ids.iter().all(|id| w.process(*id).is_some_and(|p| p.core.state().index == index))
     };
     if !w.run_until(until, whole)? {

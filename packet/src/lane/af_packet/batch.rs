@@ -59,6 +59,11 @@ impl Batch {
         self.items.len() >= MAX_BATCH
     }
 
+    /// Whether there is nothing to send.
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
     /// Adds a frame that was rewritten in its ring slot. The slot must not be released before the next flush.
     pub fn push_slot(&mut self, ingress: Port, slot: Slot, egress: Port, fence: Fence) {
         self.items.push(Item { egress, fence, source: Source::Slot { ingress, slot } });
@@ -89,7 +94,7 @@ impl Batch {
     /// stopped, or the whole machine paused.
     pub fn flush(&mut self, sockets: &mut Sockets, leases: &LeaseBoard, now: BootTime) -> Flushed {
         let mut flushed = Flushed::default();
-        if self.items.is_empty() {
+        if self.is_empty() {
             return flushed;
         }
         for egress in [Port::Service, Port::Inside] {

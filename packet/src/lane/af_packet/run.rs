@@ -337,6 +337,9 @@ impl Worker {
     }
 
     fn flush(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
         let now = BootTime::now();
         let flushed = self.batch.flush(&mut self.sockets, &self.shared.leases, now);
         self.stats.sent += flushed.sent as u64;
