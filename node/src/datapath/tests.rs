@@ -162,9 +162,9 @@ fn only_the_newest_of_what_waits_is_installed() {
     let mut bench = Bench::new();
     let lane = bench.lane.clone();
     let busy = lane.gate.lock().unwrap();
-    let first = bench.groups(&["a"]);
+    bench.groups(&["a"]);
     bench.submit();
-    // The first may or may not have been taken up by now; of the rest only the last can be installed.
+    // One of them may have been taken up before the next came; of those that wait only the last is installed.
     for names in [&["a", "b"][..], &["b"], &["c", "d"]] {
         bench.groups(names);
         bench.submit();
@@ -174,7 +174,7 @@ fn only_the_newest_of_what_waits_is_installed() {
     drop(busy);
     bench.wait_for_index(last);
     let plans = bench.plans();
-    assert!(plans == [last] || plans == [first, last], "{plans:?}");
+    assert!(plans.len() <= 2 && plans.last() == Some(&last), "{plans:?}, last {last}");
 }
 
 #[test]
