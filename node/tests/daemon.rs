@@ -1,5 +1,6 @@
 //! The daemon's outside, on the real binary: what systemd, scripts and signals see of it. A witness alone serves for
 //! that, for it needs neither root nor an interface.
+#![allow(clippy::unwrap_used, reason = "helpers of a test: what can't be unwrapped is its failure")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
