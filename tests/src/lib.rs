@@ -18,6 +18,7 @@ use komainu_lab::cluster::{Cluster, Document, SOON, binary};
 use komainu_lab::pcap::Capture;
 use komainu_lab::standard::{self, BACKEND_HTTP, ECHO, HTTP};
 use komainu_lab::topology::{SERVICE, Standard, addr};
+use komainu_lab::traffic::http::{Tally, requests};
 use komainu_lab::traffic::server::Server;
 use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
 use komainu_lab::watch::{Watch, WireLog};
@@ -132,6 +133,16 @@ impl Bed {
     /// The balancer that isn't `node`.
     pub fn other_than(&self, node: &str) -> String {
         if node == "lb1" { "lb2".to_owned() } else { "lb1".to_owned() }
+    }
+
+    /// Rounds of 60 requests to the IPv4 HTTP service until one satisfies `good`: what the cluster agreed on reaches the
+    /// data path a moment after status shows it.
+    pub fn settled(&self, what: &str, good: impl Fn(&Tally) -> bool) -> Tally {
+        komainu_lab::cluster::wait_for(what, SOON, || {
+            let tally = requests(self.client(), http(0), 60, PATIENCE);
+            if good(&tally) { Ok(tally) } else { Err(format!("{tally:?}")) }
+        })
+        .unwrap()
     }
 
     /// A stream of one datagram a millisecond to the echo service, already answered.

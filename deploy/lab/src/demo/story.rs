@@ -11,7 +11,7 @@ use super::Summary;
 use super::teller::Teller;
 use crate::cluster::{Cluster, Document, SOON, wait_for};
 use crate::error::{LabError, Result};
-use crate::lab::Lab;
+use crate::lab::{Host, Lab};
 use crate::standard::{self, BACKEND_HTTP, ECHO, HTTP};
 use crate::topology::{Standard, addr};
 use crate::traffic::http::{RequestLoop, Tally, requests};
@@ -196,15 +196,24 @@ fn kill_a_backend(teller: &Teller, cluster: &Cluster, servers: &mut BTreeMap<Str
         json!({ "backend": "be2", "ms": excluded_ms, "answered": meanwhile.answered(), "failed": meanwhile.failed }),
     );
     drop(load);
-    let tally = requests(client, web(0), 100, PATIENCE);
+    // What the cluster agreed on reaches the data path a moment later.
+    let tally = settled(client, |tally| tally.failed == 0)?;
     tell_tally(teller, "100 requests without it", &tally);
-    teller.check(tally.failed == 0 && tally.of("be2") == 0, "the dead server still gets requests");
+    teller.check(tally.of("be2") == 0, "the dead server still gets requests");
     server.restart()?;
     cluster.wait_all_up(SOON)?;
-    let tally = requests(client, web(0), 100, PATIENCE);
+    let tally = settled(client, |tally| tally.of("be2") > 0)?;
     tell_tally(teller, "be2 is back: 100 requests", &tally);
-    teller.check(tally.failed == 0 && tally.of("be2") > 0, "the server that came back gets no requests");
+    teller.check(tally.failed == 0, "requests fail although all servers are up");
     Ok(excluded_ms)
+}
+
+/// Rounds of 100 requests until one is as it should be.
+fn settled(client: &Host, good: impl Fn(&Tally) -> bool) -> Result<Tally> {
+    wait_for("the data path to follow the cluster", SOON, || {
+        let tally = requests(client, web(0), 100, PATIENCE);
+        if good(&tally) { Ok(tally) } else { Err(format!("{tally:?}")) }
+    })
 }
 
 fn drain(teller: &Teller, cluster: &Cluster) -> Result<()> {
@@ -223,7 +232,10 @@ fn drain(teller: &Teller, cluster: &Cluster) -> Result<()> {
     cluster.wait_status(&owner, "the drain", SOON, |s| {
         s.backend("talk", "be3").is_some_and(|b| b.admin == "draining")
     })?;
-    let new = Pingers::start(client, talk(), 24, ping, PATIENCE)?;
+    let new = wait_for("the data path to follow the cluster", SOON, || {
+        let new = Pingers::start(client, talk(), 24, ping, PATIENCE).map_err(|e| e.to_string())?;
+        if held(&new) == 0 { Ok(new) } else { Err(format!("{} new connections went to be3", held(&new))) }
+    })?;
     let alive = old.wait_answered(5, SOON) && old.report().iter().all(|c| c.broken.is_none());
     teller.event(
         "drained",

@@ -16,6 +16,9 @@ const MAX_SENT: usize = 4_000_000;
 /// Time that an answer may be late before the datagram counts as lost.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
+/// How long before an event a datagram may have been sent that was lost by it: the way there and back on a busy machine.
+const UNDER_WAY: Duration = Duration::from_millis(50);
+
 /// How a stream sends.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamSpec {
@@ -277,15 +280,15 @@ impl StreamReport {
         self.gaps.iter().map(|g| g.length).max().unwrap_or_default()
     }
 
-    /// The longest gap that began at or after `at`, allowing for one datagram that was just under way.
+    /// The longest gap that began at or after `at`, allowing for datagrams that were under way then.
     pub fn longest_gap_after(&self, at: Instant) -> Duration {
-        let at = at.checked_sub(Duration::from_millis(5)).unwrap_or(at);
+        let at = at.checked_sub(UNDER_WAY).unwrap_or(at);
         self.gaps.iter().filter(|g| g.from >= at).map(|g| g.length).max().unwrap_or_default()
     }
 
     /// Datagrams lost in gaps that began between `from` and `to`.
     pub fn lost_between(&self, from: Instant, to: Instant) -> u64 {
-        let from = from.checked_sub(Duration::from_millis(5)).unwrap_or(from);
+        let from = from.checked_sub(UNDER_WAY).unwrap_or(from);
         self.gaps.iter().filter(|g| g.from >= from && g.from <= to).map(|g| g.lost).sum()
     }
 }
