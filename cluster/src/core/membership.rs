@@ -16,6 +16,8 @@ use crate::time::Instant;
 
 /// A learner that lacks no more entries than this has caught up: the rest comes while it is promoted.
 const CAUGHT_UP: u64 = 16;
+/// How long a node must have been heard with another store before the place of its former one is given up.
+const STEADY: Duration = Duration::from_millis(500);
 /// How long to wait before the same correction of a member's identity is proposed again.
 const REPEAT: Duration = Duration::from_secs(1);
 
@@ -124,6 +126,8 @@ impl Core {
             present.iter().any(|p| {
                 p.identity.id == id.node()
                     && p.raft_id != *id
+                    // A stray datagram of a process that has ended is no sign of another store.
+                    && p.steady >= STEADY
                     && (self.is_learner(*id) || self.conf.voters.contains(&p.raft_id.0))
             })
         })
@@ -152,10 +156,10 @@ impl Core {
         }
         // As what it was asked for: another machine with this number is not meant.
         let asked_for = self.members.joining.get(&id).is_some_and(|(node, _)| *node == p.identity);
-        let known = self.config.peers.iter().any(|c| c.id == id)
-            || self.state.members.iter().any(|m| m.node.id == id);
-        // One with a store of this cluster that is no member was removed, and stays so until an operator asks.
-        asked_for || (known && p.cluster == 0)
+        let member = self.state.members.iter().any(|m| m.node.id == id);
+        let configured = self.config.peers.iter().any(|c| c.id == id);
+        // One with a store of this cluster whose node is no member was removed, and stays so until an operator asks.
+        asked_for || member || (configured && p.cluster == 0)
     }
 
     fn correct_identities(&mut self, present: &[PeerView]) {

@@ -221,6 +221,32 @@ impl Core {
         self.raft.raft.term
     }
 
+    /// How far this node's log is, and how far it thinks that each other node's is, for people who look for a fault.
+    pub fn progress(&self) -> String {
+        let one = |(id, p): (&u64, &raft::Progress)| {
+            format!(
+                "{}: {:?} matched {} next {} snapshot {}",
+                RaftId(*id),
+                p.state,
+                p.matched,
+                p.next_idx,
+                p.pending_snapshot
+            )
+        };
+        let log = &self.raft.raft.raft_log;
+        let own = format!(
+            "{}: last {} committed {} persisted {} applied {}, writes {} of {}; ",
+            self.me,
+            log.last_index(),
+            log.committed,
+            log.persisted,
+            log.applied,
+            self.disk.persisted,
+            self.disk.newest
+        );
+        own + &self.raft.raft.prs().iter().map(one).collect::<Vec<_>>().join(", ")
+    }
+
     /// The leader, as far as this node knows.
     pub fn leader(&self) -> Option<NodeId> {
         let id = self.raft.raft.leader_id;
@@ -495,12 +521,19 @@ impl Core {
     fn note_activity(&mut self) {
         let now = self.now.at;
         let within = self.config.timing.election_min;
-        let active: Vec<u64> =
-            self.lock().peers().filter(|p| p.since_beat < within).map(|p| p.raft_id.0).collect();
+        let peers: Vec<_> = self.lock().peers().collect();
+        let active: Vec<u64> = peers.iter().filter(|p| p.since_beat < within).map(|p| p.raft_id.0).collect();
+        let applied: Vec<(u64, u64)> = peers.iter().map(|p| (p.raft_id.0, p.applied)).collect();
+        let mut done = Vec::new();
         let mut stuck = Vec::new();
         for (id, progress) in self.raft.raft.mut_prs().iter_mut() {
             progress.recent_active |= active.contains(id);
             if progress.state == raft::ProgressState::Snapshot {
+                if applied.iter().any(|(peer, index)| peer == id && *index >= progress.pending_snapshot) {
+                    // It was taken in and the answer was lost.
+                    done.push(*id);
+                    continue;
+                }
                 let since = *self.snapshots_since.entry(*id).or_insert(now);
                 if now.since(since) >= SNAPSHOT_TIMEOUT {
                     stuck.push(*id);
@@ -508,6 +541,10 @@ impl Core {
             } else {
                 self.snapshots_since.remove(id);
             }
+        }
+        for id in done {
+            self.snapshots_since.remove(&id);
+            self.raft.report_snapshot(id, SnapshotStatus::Finish);
         }
         for id in stuck {
             // It was delivered and yet not taken in: the process ended in between.

@@ -308,6 +308,10 @@ fn whole_again(w: &mut World, mix: &Mix, ids: &[u64]) -> Result<(), String> {
         let owners: Vec<_> = groups.iter().map(|g| w.owner(*g)).collect();
         let indexes: Vec<_> =
             ids.iter().map(|id| w.process(*id).map(|p| (p.core.state().index, p.core.term()))).collect();
+        for id in ids {
+            let progress = w.process(*id).map(|p| p.core.progress());
+            w.say(*id, || format!("{progress:?}"));
+        }
         return Err(format!(
             "not whole again in time: leader {:?}, owners {owners:?}, index and term {indexes:?}",
             w.leader()
