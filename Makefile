@@ -13,7 +13,7 @@ QUICK ?=
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help setup demo build test test-fast lint deny bench fuzz clean
+.PHONY: help setup demo build test test-fast lint deny bench sim fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -49,6 +49,9 @@ bench: ## throughput beside the kernel's own forwarding; QUICK=1 for two minutes
 	@deploy/setup.sh bench
 	cargo build --release --package komainu-tests --bin bench
 	$(AS_ROOT) target/release/bench $(if $(QUICK),--quick) $(ARGS)
+
+sim: setup ## the simulated cluster must find every lease rule that is broken on purpose (minutes)
+	cargo test --package komainu-cluster --lib sim:: -- --include-ignored
 
 fuzz: setup ## every fuzz target for FUZZ_SECONDS (600) each; needs a nightly toolchain
 	@rustup toolchain list | grep -q '^nightly' || { echo "fuzz: needs a nightly compiler: rustup toolchain install nightly"; exit 1; }
