@@ -24,6 +24,7 @@ use crate::tables::Tables;
 use crate::time::BootTime;
 use crate::wire::{self, Dissected, Fragment, IpInfo, Malformed, Net, Transport, bytes, ethernet};
 
+use super::beside::FlowCache;
 use super::counters::{Event, Tally};
 use super::fragment::Fragments;
 use super::frame::{Fence, FrameMut, Gso, Permission, Port, PortConfig, Verdict};
@@ -46,6 +47,7 @@ pub(crate) struct Core {
     pub(crate) answers: Limit,
     pub(crate) reply: Vec<u8>,
     pub(crate) claims: VecDeque<Claim>,
+    pub(crate) cache: Option<Box<dyn FlowCache>>,
 }
 
 /// What is the same for every step of one frame.
@@ -123,6 +125,7 @@ impl Core {
             answers: Limit::new(ANSWERS_PER_SECOND),
             reply: Vec::with_capacity(super::answer::REPLY_CAPACITY),
             claims: VecDeque::with_capacity(super::MAX_CLAIMS),
+            cache: None,
         }
     }
 

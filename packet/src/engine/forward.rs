@@ -135,10 +135,10 @@ impl Core {
             NewFlow { client_side, backend_side, backend: chosen.number, first: segment, idle: service.idle };
         let inserted = self.flows.insert(new, now).map_err(|_| Reason::FlowTableFull)?;
         if let Some(evicted) = &inserted.evicted {
-            self.states.forgotten(evicted);
+            self.gone(evicted);
             self.tally.event(Event::FlowEvicted);
         }
-        self.states.remembered(self.flows.get(inserted.id));
+        self.noted(inserted.id);
         Ok(inserted.id)
     }
 }

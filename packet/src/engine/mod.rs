@@ -9,6 +9,7 @@
 
 mod answer;
 mod arp_nd;
+mod beside;
 mod core;
 mod counters;
 mod forward;
@@ -29,6 +30,7 @@ mod tests;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+pub use self::beside::{FlowCache, Passed, REGISTERS, Windows};
 pub use self::counters::Event;
 pub use self::frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
 pub use self::nat::{SNAT_PORT_MAX, SNAT_PORT_MIN};
@@ -189,8 +191,8 @@ impl Engine {
     /// Forgets what has idled out. Bounded work; call again while [`Engine::next_deadline`] is not after `now`.
     pub fn tick(&mut self, now: BootTime) {
         let mut budget = TICK_BUDGET;
-        while let Some(flow) = self.core.flows.expire(now, &mut budget) {
-            self.core.states.forgotten(&flow);
+        while let Some(flow) = self.core.expire(now, &mut budget) {
+            self.core.gone(&flow);
         }
     }
 
@@ -202,7 +204,7 @@ impl Engine {
     /// Counters since the engine was made.
     pub fn counters(&self, now: BootTime) -> Counters {
         Counters {
-            backends: self.core.states.counters(&self.tables, now),
+            backends: self.core.states.counters(&self.tables, |_, own| own.seen.estimate(now)),
             drops: self.core.tally.drops(),
             events: self.core.tally.events(),
             flows: self.core.flows.len() as u64,

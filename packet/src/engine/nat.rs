@@ -95,8 +95,7 @@ impl Core {
             Ends { src: Some((service.vip, service.port)), dst: Some((client.client, client.client_port)) };
         let verdict =
             self.forward_answer(cx, frame, d, ip, service, number, (client.client, ip.dst), ends)?;
-        let (before, after) = self.flows.touch(id, segment, Direction::ToClient, service.idle, cx.now);
-        self.states.moved(number, before, after);
+        self.touch(id, segment, Direction::ToClient, service.idle, cx.now);
         Ok(verdict)
     }
 
@@ -123,9 +122,7 @@ impl Core {
             && let Some((_, client_port)) = ip.ports()
             && let Some(id) = self.flows.find(&ClientSide { service: state, client: ip.dst, client_port })
         {
-            let owner = self.flows.get(id).backend;
-            let (before, after) = self.flows.touch(id, segment, Direction::ToClient, service.idle, cx.now);
-            self.states.moved(owner, before, after);
+            self.touch(id, segment, Direction::ToClient, service.idle, cx.now);
         }
         Ok(verdict)
     }

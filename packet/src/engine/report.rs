@@ -28,6 +28,8 @@ impl Core {
                 return None;
             }
             let client = flow.client_side();
+            let elsewhere = self.cache.as_ref().filter(|_| flow.is_steady()).and_then(|c| c.last_seen(flow));
+            let last_seen = flow.last_seen().max(elsewhere.unwrap_or_default());
             Some(FlowInfo {
                 service: service.id,
                 backend: backend.id,
@@ -35,7 +37,7 @@ impl Core {
                 client: SocketAddr::new(client.client, client.client_port),
                 snat: flow.backend_side().map(|b| SocketAddr::new(b.snat, b.snat_port)),
                 state: flow.state().as_str(),
-                idle: now.since(flow.last_seen()),
+                idle: now.since(last_seen),
             })
         });
         infos.take(limit).collect()

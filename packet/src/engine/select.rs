@@ -138,8 +138,7 @@ impl Core {
         if let Some(backend) = backend
             && (keeps || service.backends[usize::from(backend)].alive)
         {
-            let (before, after) = self.flows.touch(id, segment, Direction::ToBackend, service.idle, now);
-            self.states.moved(number, before, after);
+            self.touch(id, segment, Direction::ToBackend, service.idle, now);
             let opens = false;
             return Some(Ok(Chosen { backend, number, flow: Some(id), remember: Remember::No, opens, hash }));
         }
@@ -251,7 +250,7 @@ impl Core {
     /// Forgets a flow.
     pub(crate) fn forget(&mut self, id: FlowId) {
         let flow = self.flows.remove(id);
-        self.states.forgotten(&flow);
+        self.gone(&flow);
     }
 }
 

@@ -6,11 +6,21 @@
 
 use crate::time::BootTime;
 
-const REGISTERS: usize = 256;
+/// Registers of a window.
+pub const REGISTERS: usize = 256;
 /// Bits of the hash that name the register.
 const INDEX_BITS: u32 = 8;
 /// Length of a window in ns: 3 s. Longer than the pauses of a busy connection; a flow that says nothing for 6 s is not seen.
 const WINDOW: u64 = 3_000_000_000;
+
+/// What was seen elsewhere, filled by the same rules: each register holds the highest rank of the hashes that fall on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// Number of the newest window: nanoseconds of `CLOCK_BOOTTIME` divided by 3 s.
+    pub window: u64,
+    /// Registers of the newest window and of the one before it, each at `number & 1`.
+    pub registers: [[u8; REGISTERS]; 2],
+}
 
 /// The windows of one backend. Takes memory only once a packet came.
 #[derive(Clone, Debug, Default)]
@@ -38,16 +48,31 @@ impl Sketch {
 
     /// Flows seen in the last one to two windows.
     pub(crate) fn estimate(&self, now: BootTime) -> u64 {
-        let Some(windows) = &self.windows else { return 0 };
+        self.estimate_with(now, None)
+    }
+
+    /// The same with what was seen elsewhere: a flow that was seen on both sides counts once.
+    pub(crate) fn estimate_with(&self, now: BootTime, other: Option<&Windows>) -> u64 {
+        let own = self.windows.as_deref().map(|windows| (self.window, windows));
+        let other = other.map(|w| (w.window, &w.registers));
+        if own.is_none() && other.is_none() {
+            return 0;
+        }
         let here = now.0 / WINDOW;
         let fresh = |number: u64| here.saturating_sub(number) <= 1;
-        let current = fresh(self.window).then_some(&windows[(self.window & 1) as usize]);
-        let previous =
-            (self.window > 0 && fresh(self.window - 1)).then(|| &windows[(self.window & 1 ^ 1) as usize]);
+        let views = [own, other].map(|view| {
+            let Some((window, windows)) = view else { return [None; 2] };
+            let current = fresh(window).then_some(&windows[(window & 1) as usize]);
+            let previous = (window > 0 && fresh(window - 1)).then(|| &windows[(window & 1 ^ 1) as usize]);
+            [current, previous]
+        });
+        let views = views.as_flattened();
         let mut sum = 0.0;
         let mut empty = 0;
         for i in 0..REGISTERS {
-            let rank = current.map_or(0, |w| w[i]).max(previous.map_or(0, |w| w[i]));
+            let rank = views.iter().flatten().map(|w| w[i]).max().unwrap_or(0);
+            // A register says at most how many bits of the hash are left; what is not ours may say anything.
+            let rank = rank.min(32);
             sum += 1.0 / (1u64 << rank) as f64;
             empty += u32::from(rank == 0);
         }

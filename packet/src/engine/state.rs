@@ -11,8 +11,8 @@ use crate::flow::{Flow, State};
 use crate::lane::BackendCounters;
 use crate::plan::{Mode, Protocol};
 use crate::tables::{Backend, Service, Tables};
-use crate::time::BootTime;
 
+use super::beside::Own;
 use super::sketch::Sketch;
 
 /// State of a service.
@@ -233,13 +233,28 @@ impl States {
         }
     }
 
-    /// Counters of the backends in the tables in force.
-    pub(crate) fn counters(&self, tables: &Tables, now: BootTime) -> Vec<BackendCounters> {
+    /// One more than the highest number of a backend so far.
+    pub(crate) fn backend_numbers_used(&self) -> u32 {
+        self.backends.len() as u32
+    }
+
+    /// One more than the highest number of a service so far.
+    pub(crate) fn service_numbers_used(&self) -> u32 {
+        self.services.len() as u32
+    }
+
+    /// Counters of the backends in the tables in force. `unremembered` says how many flows there are besides those that are
+    /// remembered, and may add to the counters.
+    pub(crate) fn counters(
+        &self,
+        tables: &Tables,
+        mut unremembered: impl FnMut(u32, &mut Own<'_>) -> u64,
+    ) -> Vec<BackendCounters> {
         let mut counters = Vec::new();
         for (service, (_, numbers)) in tables.services().iter().zip(&self.in_force) {
             for (backend, &number) in service.backends.iter().zip(numbers) {
                 let state = self.backend(number);
-                counters.push(BackendCounters {
+                let own = BackendCounters {
                     service: service.id,
                     backend: backend.id,
                     packets: state.packets,
@@ -248,8 +263,11 @@ impl States {
                     return_bytes: state.return_bytes,
                     new_flows: state.new_flows,
                     flows: u64::from(state.flows),
-                    active: u64::from(state.open_flows()) + state.seen.estimate(now),
-                });
+                    active: u64::from(state.open_flows()),
+                };
+                let mut own = Own { seen: &state.seen, counters: own };
+                let unremembered = unremembered(number, &mut own);
+                counters.push(BackendCounters { active: own.counters.active + unremembered, ..own.counters });
             }
         }
         counters.sort_by_key(|c| (c.service, c.backend));

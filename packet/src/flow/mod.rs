@@ -8,4 +8,4 @@ mod table;
 mod wheel;
 
 pub use state::{Direction, Segment, State};
-pub use table::{BackendSide, ClientSide, Flow, FlowId, FlowTable, Inserted, NewFlow, TableFull};
+pub use table::{BackendSide, ClientSide, Flow, FlowId, FlowTable, Inserted, NewFlow, TableFull, Touched};

@@ -179,6 +179,19 @@ impl Progress {
         };
     }
 
+    /// Whether a plain segment or datagram, from whichever side, leaves everything as it is.
+    #[inline]
+    pub(crate) fn is_steady(&self) -> bool {
+        let plain = if self.state == State::Udp { Segment::Udp } else { Segment::Tcp };
+        [Direction::ToBackend, Direction::ToClient].into_iter().all(|direction| {
+            let mut after = *self;
+            after.advance(plain, direction);
+            // Where only one direction passes, an answer says nothing.
+            after.answered = if self.two_way { after.answered } else { self.answered };
+            after == *self
+        })
+    }
+
     /// Whether a SYN from the client begins a new flow of the same name.
     pub(crate) fn reopens(&self) -> bool {
         matches!(self.state, State::Closing | State::Closed)

@@ -116,6 +116,11 @@ impl Flow {
         self.progress.state
     }
 
+    /// Whether a plain segment or datagram changes nothing of it but the time of its last packet.
+    pub fn is_steady(&self) -> bool {
+        self.progress.is_steady()
+    }
+
     /// Whether a SYN from the client begins a new flow of the same name.
     pub fn reopens(&self) -> bool {
         self.progress.reopens()
@@ -142,6 +147,31 @@ pub struct Inserted {
     pub id: FlowId,
     /// The unassured flow that made room for it.
     pub evicted: Option<Flow>,
+}
+
+/// What a packet did to its flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Touched {
+    before: Progress,
+    after: Progress,
+}
+
+impl Touched {
+    /// State before and after.
+    #[inline]
+    pub fn states(&self) -> (State, State) {
+        (self.before.state, self.after.state)
+    }
+
+    /// Whether it has become steady (`true`) or ceased to be (`false`); `None` when neither.
+    #[inline]
+    pub fn steadied(&self) -> Option<bool> {
+        if self.before == self.after {
+            return None;
+        }
+        let steady = self.after.is_steady();
+        (self.before.is_steady() != steady).then_some(steady)
+    }
 }
 
 /// The table is full of assured flows.
@@ -329,7 +359,7 @@ impl FlowTable {
         Ok(Inserted { id: FlowId(entry), evicted })
     }
 
-    /// Takes note of a packet of a flow; returns its state before and after. `idle` is the service's idle time for its
+    /// Takes note of a packet of a flow; returns what it did. `idle` is the service's idle time for its
     /// protocol.
     ///
     /// # Panics
@@ -342,7 +372,7 @@ impl FlowTable {
         direction: Direction,
         idle: Duration,
         now: BootTime,
-    ) -> (State, State) {
+    ) -> Touched {
         let flow = self.entries.get_mut(id.0);
         flow.last_seen = flow.last_seen.max(now);
         let before = flow.progress;
@@ -360,7 +390,7 @@ impl FlowTable {
             self.wheel.unlink(&mut self.entries, id.0);
             self.wheel.schedule(&mut self.entries, id.0, deadline_ns);
         }
-        (before.state, after.state)
+        Touched { before, after }
     }
 
     /// Forgets a flow.
@@ -373,14 +403,28 @@ impl FlowTable {
     }
 
     /// Forgets the next flow that has idled out before `now`. Each flow or tick looked at costs one of `budget`; `None` with
-    /// some of it left means that there is none.
-    pub fn expire(&mut self, now: BootTime, budget: &mut usize) -> Option<Flow> {
+    /// some of it left means that there is none. `seen` is asked before a flow is forgotten: when its last packet passed
+    /// elsewhere.
+    pub fn expire(
+        &mut self,
+        now: BootTime,
+        budget: &mut usize,
+        mut seen: impl FnMut(&Flow) -> Option<BootTime>,
+    ) -> Option<Flow> {
         if self.len == 0 {
             self.wheel.skip_to(now.0);
             return None;
         }
         while let Some(entry) = self.wheel.pop(&mut self.entries, now.0, budget) {
-            let deadline_ns = self.entries.get(entry).deadline_ns();
+            let mut deadline_ns = self.entries.get(entry).deadline_ns();
+            if deadline_ns <= now.0 {
+                let flow = self.entries.get_mut(entry);
+                if let Some(seen) = seen(flow) {
+                    // A clock read elsewhere may be a moment ahead, and must not keep a flow for ever.
+                    flow.last_seen = flow.last_seen.max(seen.min(now));
+                }
+                deadline_ns = flow.deadline_ns();
+            }
             if deadline_ns <= now.0 {
                 return Some(self.remove_unscheduled(entry));
             }

@@ -2,6 +2,7 @@
 //! our own wire formats hides itself.
 
 mod arp_nd;
+mod beside;
 mod choice;
 mod fragments;
 mod icmp;

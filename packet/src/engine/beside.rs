@@ -1,0 +1,181 @@
+//! What a lane needs whose program handles most packets itself: the flows that it may handle, its word on them before one is
+//! forgotten, and its counters among the engine's.
+//!
+//! A flow is *steady* when a plain segment or datagram of either side changes nothing of it but the time of its last packet.
+//! Only steady flows are in the cache: the others' packets, and every SYN, FIN and RST, are the engine's. So a flood of SYNs
+//! writes nothing into the cache, and the engine alone decides about states.
+
+use std::time::Duration;
+
+use crate::flow::{Direction, Flow, FlowId, Segment};
+use crate::time::BootTime;
+
+use super::Engine;
+use super::core::Core;
+use super::sketch::Sketch;
+
+/// A lane's own copy of the steady flows, all calls from the engine's thread.
+pub trait FlowCache: Send {
+    /// A flow has become steady. Called before the verdict about the packet that made it so. A cache without room leaves it
+    /// out, and all packets of the flow come up.
+    fn put(&mut self, flow: &Flow);
+
+    /// A flow that was put is forgotten or no longer steady: its packets must come up from now on.
+    fn remove(&mut self, flow: &Flow);
+
+    /// When the last packet of a flow that was put passed without the engine, if one did.
+    fn last_seen(&self, flow: &Flow) -> Option<BootTime>;
+
+    /// Whether the service with that number has remembered flows at all. `true` comes before the first [`FlowCache::put`] of
+    /// such a flow, `false` after the last [`FlowCache::remove`].
+    fn consult(&mut self, service: u32, consult: bool);
+}
+
+/// What passed a backend without the engine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// Packets sent to the backend; a super-frame counts as its segments.
+    pub packets: u64,
+    /// Bytes of layer 3 sent to the backend.
+    pub bytes: u64,
+    /// Packets from the backend to clients.
+    pub return_packets: u64,
+    /// Bytes of layer 3 from the backend to clients.
+    pub return_bytes: u64,
+    /// New flows.
+    pub new_flows: u64,
+    /// Flows that are not remembered, as [`Windows`]; absent while there was none.
+    pub seen: Option<Windows>,
+}
+
+pub use super::sketch::{REGISTERS, Windows};
+
+impl Core {
+    /// Takes note of a packet of a remembered flow.
+    #[inline]
+    pub(crate) fn touch(
+        &mut self,
+        id: FlowId,
+        segment: Segment,
+        direction: Direction,
+        idle: Duration,
+        now: BootTime,
+    ) {
+        let touched = self.flows.touch(id, segment, direction, idle, now);
+        let flow = self.flows.get(id);
+        let (before, after) = touched.states();
+        self.states.moved(flow.backend, before, after);
+        if let Some(cache) = &mut self.cache {
+            match touched.steadied() {
+                Some(true) => cache.put(flow),
+                Some(false) => cache.remove(flow),
+                None => {}
+            }
+        }
+    }
+
+    /// Notes a flow that was just remembered.
+    pub(crate) fn noted(&mut self, id: FlowId) {
+        let flow = self.flows.get(id);
+        self.states.remembered(flow);
+        if let Some(cache) = &mut self.cache {
+            if self.states.service(flow.service()).remembered == 1 {
+                cache.consult(flow.service(), true);
+            }
+            if flow.is_steady() {
+                cache.put(flow);
+            }
+        }
+    }
+
+    /// Notes a flow that was just forgotten.
+    pub(crate) fn gone(&mut self, flow: &Flow) {
+        self.states.forgotten(flow);
+        if let Some(cache) = &mut self.cache {
+            if flow.is_steady() {
+                cache.remove(flow);
+            }
+            if self.states.service(flow.service()).remembered == 0 {
+                cache.consult(flow.service(), false);
+            }
+        }
+    }
+
+    /// Forgets the next flow that has idled out, the cache's word included.
+    pub(crate) fn expire(&mut self, now: BootTime, budget: &mut usize) -> Option<Flow> {
+        let cache = &mut self.cache;
+        self.flows.expire(now, budget, |flow| match cache {
+            Some(cache) if flow.is_steady() => cache.last_seen(flow),
+            _ => None,
+        })
+    }
+}
+
+impl Engine {
+    /// Tells `cache` of flows from now on. To be called before the first frame.
+    pub fn set_cache(&mut self, cache: Box<dyn FlowCache>) {
+        self.core.cache = Some(cache);
+    }
+
+    /// Number of the state of the service at `index` of the tables in force. It stays the same while the service does, and is
+    /// given to another only after a plan without it was put in force and its flows were forgotten.
+    pub fn service_number(&self, index: u16) -> u32 {
+        self.core.states.number(index)
+    }
+
+    /// Number of the state of a backend of the tables in force, which lives as the service's does.
+    pub fn backend_number(&self, service: u16, backend: u16) -> u32 {
+        self.core.states.backend_number(service, backend)
+    }
+
+    /// Tells the lives of a backend's number apart: another one, another backend. Never 0 while it is in use.
+    pub fn backend_life(&self, number: u32) -> u32 {
+        self.core.states.backend(number).life
+    }
+
+    /// Whether flows of the service at `index` are remembered.
+    pub fn remembers(&self, index: u16) -> bool {
+        self.core.states.service(self.core.states.number(index)).remembered > 0
+    }
+
+    /// One more than the highest number of a backend's state so far.
+    pub fn backend_numbers(&self) -> u32 {
+        self.core.states.backend_numbers_used()
+    }
+
+    /// One more than the highest number of a service's state so far.
+    pub fn service_numbers(&self) -> u32 {
+        self.core.states.service_numbers_used()
+    }
+
+    /// [`Engine::counters`] with what passed without the engine; `passed` is asked by number of the backend's state.
+    pub fn counters_with(
+        &self,
+        now: BootTime,
+        mut passed: impl FnMut(u32) -> Option<Passed>,
+    ) -> crate::lane::Counters {
+        let mut counters = self.counters(now);
+        counters.backends = self.core.states.counters(&self.tables, |number, own| {
+            let Some(passed) = passed(number) else { return own.seen.estimate(now) };
+            own.add(&passed);
+            own.seen.estimate_with(now, passed.seen.as_ref())
+        });
+        counters
+    }
+}
+
+/// What [`super::state::States::counters`] hands out of one backend.
+pub(crate) struct Own<'a> {
+    pub(crate) seen: &'a Sketch,
+    pub(crate) counters: crate::lane::BackendCounters,
+}
+
+impl Own<'_> {
+    fn add(&mut self, passed: &Passed) {
+        self.counters.packets += passed.packets;
+        self.counters.bytes += passed.bytes;
+        self.counters.return_packets += passed.return_packets;
+        self.counters.return_bytes += passed.return_bytes;
+        self.counters.new_flows += passed.new_flows;
+    }
+}
