@@ -4,8 +4,11 @@
 //! Two limits, because an orderly hand-over ends them at different times: the new owner answers ARP/ND from the moment
 //! that the old one has stopped to, while the old one goes on forwarding what still reaches it for a grace time.
 
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::mapping::Mapping;
 use crate::plan::MAX_GROUPS;
 use crate::time::BootTime;
 
@@ -35,22 +38,34 @@ impl Lease {
 /// One lease cell for each of [`MAX_GROUPS`] groups. Readers and the writer never wait for each other.
 #[derive(Debug)]
 pub struct LeaseBoard {
-    cells: Box<[Cell]>,
+    cells: Cells,
 }
 
-/// A cell has a cache line of its own, so that the renewal of one group does not slow packets of another.
+/// Words of a cell: a cache line of its own, so that the renewal of one group does not slow packets of another.
+pub const CELL_WORDS: usize = 8;
+
+/// A cell, as the kernel's programs read it too.
+type Cell = [AtomicU64; CELL_WORDS];
+
+/// Places in a cell: number of the group plus 1 (0: nobody's), epoch, and the two limits in ns of `CLOCK_BOOTTIME`.
+const GROUP: usize = 0;
+const EPOCH: usize = 1;
+const ANSWER_UNTIL: usize = 2;
+const FORWARD_UNTIL: usize = 3;
+
+#[derive(Debug)]
+enum Cells {
+    Own(Box<[Line]>),
+    Mapped(Mapping),
+}
+
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Cell {
-    group: AtomicU64,
-    epoch: AtomicU64,
-    answer_until: AtomicU64,
-    forward_until: AtomicU64,
-}
+struct Line(Cell);
 
 impl Default for LeaseBoard {
     fn default() -> Self {
-        LeaseBoard { cells: (0..MAX_GROUPS).map(|_| Cell::default()).collect() }
+        LeaseBoard { cells: Cells::Own((0..MAX_GROUPS).map(|_| Line::default()).collect()) }
     }
 }
 
@@ -60,6 +75,15 @@ impl LeaseBoard {
         Self::default()
     }
 
+    /// A board in the memory of a BPF array of [`MAX_GROUPS`] values of [`CELL_WORDS`] words: what is written is in force in
+    /// the kernel at once, without a system call.
+    ///
+    /// # Errors
+    /// The map can't be mapped.
+    pub fn mapped(map: BorrowedFd<'_>) -> io::Result<Self> {
+        Ok(LeaseBoard { cells: Cells::Mapped(Mapping::new(map, MAX_GROUPS * CELL_WORDS)?) })
+    }
+
     /// Writes the lease of `group`. One writer at a time (the beat thread).
     ///
     /// Limits are cleared before the group or epoch changes, so that a reader never sees one group's limit with another
@@ -67,14 +91,15 @@ impl LeaseBoard {
     pub fn set(&self, group: u32, lease: Lease) {
         let cell = self.cell(group);
         let owner = u64::from(group) + 1;
-        if cell.group.load(Ordering::Relaxed) != owner || cell.epoch.load(Ordering::Relaxed) != lease.epoch {
-            cell.answer_until.store(0, Ordering::SeqCst);
-            cell.forward_until.store(0, Ordering::SeqCst);
-            cell.group.store(owner, Ordering::SeqCst);
-            cell.epoch.store(lease.epoch, Ordering::SeqCst);
+        if cell[GROUP].load(Ordering::Relaxed) != owner || cell[EPOCH].load(Ordering::Relaxed) != lease.epoch
+        {
+            cell[ANSWER_UNTIL].store(0, Ordering::SeqCst);
+            cell[FORWARD_UNTIL].store(0, Ordering::SeqCst);
+            cell[GROUP].store(owner, Ordering::SeqCst);
+            cell[EPOCH].store(lease.epoch, Ordering::SeqCst);
         }
-        cell.forward_until.store(lease.forward_until.0, Ordering::SeqCst);
-        cell.answer_until.store(lease.answer_until.0, Ordering::SeqCst);
+        cell[FORWARD_UNTIL].store(lease.forward_until.0, Ordering::SeqCst);
+        cell[ANSWER_UNTIL].store(lease.answer_until.0, Ordering::SeqCst);
     }
 
     /// The lease of `group`.
@@ -82,25 +107,48 @@ impl LeaseBoard {
         let cell = self.cell(group);
         let owner = u64::from(group) + 1;
         // Read before and after: a cell that was or became another group's meanwhile permits nothing.
-        if cell.group.load(Ordering::SeqCst) != owner {
+        if cell[GROUP].load(Ordering::SeqCst) != owner {
             return Lease::default();
         }
         let lease = Lease {
-            answer_until: BootTime(cell.answer_until.load(Ordering::SeqCst)),
-            forward_until: BootTime(cell.forward_until.load(Ordering::SeqCst)),
-            epoch: cell.epoch.load(Ordering::SeqCst),
+            answer_until: BootTime(cell[ANSWER_UNTIL].load(Ordering::SeqCst)),
+            forward_until: BootTime(cell[FORWARD_UNTIL].load(Ordering::SeqCst)),
+            epoch: cell[EPOCH].load(Ordering::SeqCst),
         };
-        if cell.group.load(Ordering::SeqCst) == owner { lease } else { Lease::default() }
+        if cell[GROUP].load(Ordering::SeqCst) == owner { lease } else { Lease::default() }
     }
 
     fn cell(&self, group: u32) -> &Cell {
-        &self.cells[group as usize % MAX_GROUPS]
+        let index = group as usize % MAX_GROUPS;
+        match &self.cells {
+            Cells::Own(lines) => &lines[index].0,
+            Cells::Mapped(mapping) => &mapping.words().as_chunks().0[index],
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
+
+    #[test]
+    fn a_board_in_shared_memory_is_read_by_who_shares_it() {
+        // What a BPF array is to its program: memory that is mapped elsewhere too.
+        let name = c"komainu-lease-test";
+        let memory = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&memory, (MAX_GROUPS * CELL_WORDS * 8) as i64).unwrap();
+        let board = LeaseBoard::mapped(memory.as_fd()).unwrap();
+        let other = Mapping::new(memory.as_fd(), MAX_GROUPS * CELL_WORDS).unwrap();
+        let lease = Lease { epoch: 4, answer_until: BootTime(10), forward_until: BootTime(20) };
+        board.set(259, lease);
+        assert_eq!(board.get(259), lease);
+        assert_eq!(board.get(3), Lease::default());
+        let words: Vec<u64> =
+            other.words()[3 * CELL_WORDS..][..4].iter().map(|w| w.load(Ordering::SeqCst)).collect();
+        assert_eq!(words, [260, 4, 10, 20]);
+    }
 
     #[test]
     fn a_group_without_a_lease_may_nothing() {

@@ -2,8 +2,8 @@
 //! forgotten, and its counters among the engine's.
 //!
 //! A flow is *steady* when a plain segment or datagram of either side changes nothing of it but the time of its last packet.
-//! Only steady flows are in the cache: the others' packets, and every SYN, FIN and RST, are the engine's. So a flood of SYNs
-//! writes nothing into the cache, and the engine alone decides about states.
+//! Packets of flows that are not, and every SYN, FIN and RST of those that are, remain the engine's: it alone decides about
+//! states.
 
 use std::time::Duration;
 
@@ -14,13 +14,13 @@ use super::Engine;
 use super::core::Core;
 use super::sketch::Sketch;
 
-/// A lane's own copy of the steady flows, all calls from the engine's thread.
+/// A lane's own copy of the remembered flows, all calls from the engine's thread.
 pub trait FlowCache: Send {
-    /// A flow has become steady. Called before the verdict about the packet that made it so. A cache without room leaves it
-    /// out, and all packets of the flow come up.
+    /// A flow is remembered, or has become steady or ceased to be ([`Flow::is_steady`]). Called before the verdict about the
+    /// packet that did it.
     fn put(&mut self, flow: &Flow);
 
-    /// A flow that was put is forgotten or no longer steady: its packets must come up from now on.
+    /// A flow that was put is forgotten.
     fn remove(&mut self, flow: &Flow);
 
     /// When the last packet of a flow that was put passed without the engine, if one did.
@@ -65,12 +65,10 @@ impl Core {
         let flow = self.flows.get(id);
         let (before, after) = touched.states();
         self.states.moved(flow.backend, before, after);
-        if let Some(cache) = &mut self.cache {
-            match touched.steadied() {
-                Some(true) => cache.put(flow),
-                Some(false) => cache.remove(flow),
-                None => {}
-            }
+        if let Some(cache) = &mut self.cache
+            && touched.changes_steadiness()
+        {
+            cache.put(flow);
         }
     }
 
@@ -82,9 +80,7 @@ impl Core {
             if self.states.service(flow.service()).remembered == 1 {
                 cache.consult(flow.service(), true);
             }
-            if flow.is_steady() {
-                cache.put(flow);
-            }
+            cache.put(flow);
         }
     }
 
@@ -92,9 +88,7 @@ impl Core {
     pub(crate) fn gone(&mut self, flow: &Flow) {
         self.states.forgotten(flow);
         if let Some(cache) = &mut self.cache {
-            if flow.is_steady() {
-                cache.remove(flow);
-            }
+            cache.remove(flow);
             if self.states.service(flow.service()).remembered == 0 {
                 cache.consult(flow.service(), false);
             }

@@ -163,14 +163,10 @@ impl Touched {
         (self.before.state, self.after.state)
     }
 
-    /// Whether it has become steady (`true`) or ceased to be (`false`); `None` when neither.
+    /// Whether the flow has become steady ([`Flow::is_steady`]) or ceased to be.
     #[inline]
-    pub fn steadied(&self) -> Option<bool> {
-        if self.before == self.after {
-            return None;
-        }
-        let steady = self.after.is_steady();
-        (self.before.is_steady() != steady).then_some(steady)
+    pub fn changes_steadiness(&self) -> bool {
+        self.before != self.after && self.before.is_steady() != self.after.is_steady()
     }
 }
 

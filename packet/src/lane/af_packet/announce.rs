@@ -158,7 +158,7 @@ mod tests {
                 HashSet::from([ip("10.0.0.100")]),
                 at(0),
             );
-            Bench { announcements, shared: Shared::new(EventFd::new().unwrap()) }
+            Bench { announcements, shared: Shared::new(EventFd::new().unwrap(), std::sync::Arc::default()) }
         }
 
         fn lease(&self, group: u32, until: BootTime) {

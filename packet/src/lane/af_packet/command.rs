@@ -63,9 +63,9 @@ pub struct Shared {
 
 impl Shared {
     /// Shared state of a thread that is about to start.
-    pub fn new(wake: EventFd) -> Shared {
+    pub fn new(wake: EventFd, leases: Arc<LeaseBoard>) -> Shared {
         Shared {
-            leases: Arc::new(LeaseBoard::new()),
+            leases,
             wake,
             stop: AtomicBool::new(false),
             alive: AtomicBool::new(true),
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn a_group_asked_for_twice_is_announced_once() {
-        let shared = Shared::new(EventFd::new().unwrap());
+        let shared = Shared::new(EventFd::new().unwrap(), Arc::default());
         for group in [3, 3, 200, 256 + 70] {
             shared.request_announcement(group);
         }

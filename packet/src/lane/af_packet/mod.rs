@@ -11,6 +11,7 @@
 //! | `hops` | the engine's view of routes and neighbours |
 //! | `announce` | announcements under way, by port |
 //! | `membership` | solicited-node groups |
+//! | `below` | a program in the kernel that handles most frames before they reach this lane |
 //! | `command`, `run` | the engine's thread and how others talk to it |
 //! | `check` | is the machine fit? |
 //!
@@ -20,17 +21,18 @@
 
 mod announce;
 mod batch;
+pub(crate) mod below;
 mod check;
 mod command;
 mod filter;
-mod hops;
+pub(crate) mod hops;
 mod membership;
 mod offload;
 mod park;
 mod ring;
 mod run;
 mod socket;
-mod sys;
+pub(crate) mod sys;
 
 use std::hash::{BuildHasher, Hasher};
 use std::net::{IpAddr, SocketAddr};
@@ -46,16 +48,20 @@ pub use check::{Finding, Severity};
 pub use offload::Offloads;
 
 use super::{Counters, FlowFilter, FlowInfo, Lane, LaneError, LaneKind, LinkInfo, Trace};
-use crate::engine::{self, DEFAULT_MAX_FLOWS, DEFAULT_NEW_FLOWS_PER_SECOND, Engine, EngineConfig, Port};
-use crate::lease::Lease;
+use crate::engine::{
+    self, DEFAULT_MAX_FLOWS, DEFAULT_NEW_FLOWS_PER_SECOND, Engine, EngineConfig, FlowCache, Port,
+};
+use crate::lease::{Lease, LeaseBoard};
 use crate::netlink::{self, Watch};
 use crate::plan::Plan;
 use crate::tables::Tables;
 use crate::time::BootTime;
 
+use below::Below;
 use command::{Command, MAX_COMMANDS, Shared};
 use filter::Interest;
 use run::Worker;
+use socket::Place;
 
 /// Ring slots of a lane that was told nothing else, for each interface: 34 MB. At 200 000 frames a second it bridges 2.5 ms
 /// in which the thread does not run.
@@ -122,6 +128,14 @@ impl AfPacketLane {
     /// # Errors
     /// The first thing found that stands against it, or what the system refused.
     pub fn start(config: AfPacketConfig) -> Result<AfPacketLane, LaneError> {
+        Self::start_above(config, |_| Ok(Parts::default()))
+    }
+
+    /// The same above a program in the kernel, which `below` makes once the machine was found fit.
+    pub(crate) fn start_above(
+        config: AfPacketConfig,
+        below: impl FnOnce(&netlink::Handle) -> Result<Parts, LaneError>,
+    ) -> Result<AfPacketLane, LaneError> {
         for finding in check::check(&config) {
             match finding.severity {
                 Severity::Refuse => return Err(finding.into_error()),
@@ -152,9 +166,10 @@ impl AfPacketLane {
         let net = watch.handle();
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|e| system("make an event descriptor")(e.into()))?;
-        let shared = Arc::new(Shared::new(wake));
+        let Parts { leases, below, cache } = below(&net)?;
+        let shared = Arc::new(Shared::new(wake, leases));
         let (commands, receiver) = bounded(MAX_COMMANDS);
-        let worker = worker(&config, &shared, receiver, &net)?;
+        let worker = worker(&config, &shared, receiver, &net, below, cache)?;
         let thread = std::thread::Builder::new()
             .name("komainu-lane".to_owned())
             .spawn(move || worker.run())
@@ -179,12 +194,25 @@ impl AfPacketLane {
     }
 }
 
+/// What a lane above a program in the kernel is made of besides.
+#[derive(Default)]
+pub(crate) struct Parts {
+    /// Where leases are written.
+    pub leases: Arc<LeaseBoard>,
+    /// The program.
+    pub below: Option<Box<dyn Below>>,
+    /// The program's copy of steady flows.
+    pub cache: Option<Box<dyn FlowCache>>,
+}
+
 /// Sockets and engine, ready to run.
 fn worker(
     config: &AfPacketConfig,
     shared: &Arc<Shared>,
     commands: Receiver<Command>,
     net: &netlink::Handle,
+    mut below: Option<Box<dyn Below>>,
+    cache: Option<Box<dyn FlowCache>>,
 ) -> Result<Worker, LaneError> {
     let snapshot = net.snapshot();
     let interest = Interest::default();
@@ -192,13 +220,15 @@ fn worker(
     let mut indices = [None; Port::COUNT];
     let mut open = |port: Port, name: &str| {
         let link = snapshot.link(name).ok_or_else(|| check::no_interface(name))?;
-        sockets[port as usize] = Some(run::open_socket(name, link.index, config.ring_slots, &interest)?);
+        let listen = below.as_ref().and_then(|b| b.comes_up_by(port)).unwrap_or(link.index);
+        let place = Place { name, index: link.index, listen };
+        sockets[port as usize] = Some(run::open_socket(&place, config.ring_slots, &interest)?);
         indices[port as usize] = Some(link.index);
         Ok::<_, LaneError>(run::port_config(link, &snapshot))
     };
     let service = open(Port::Service, &config.service)?;
     let inside = config.inside.as_deref().map(|name| open(Port::Inside, name)).transpose()?;
-    let engine = Engine::new(
+    let mut engine = Engine::new(
         EngineConfig {
             service,
             inside,
@@ -209,6 +239,16 @@ fn worker(
         },
         Arc::clone(&shared.leases),
     );
+    if let Some(cache) = cache {
+        engine.set_cache(cache);
+    }
+    if let Some(below) = &mut below {
+        let ports = [engine.port(Port::Service), engine.port(Port::Inside)];
+        below.follow(ports).map_err(|reason| LaneError::System {
+            doing: "attach the program".to_owned(),
+            source: std::io::Error::other(reason),
+        })?;
+    }
     shared.round_at.store(BootTime::now().0, Ordering::Relaxed);
     Ok(Worker {
         shared: Arc::clone(shared),
@@ -216,6 +256,9 @@ fn worker(
         net: net.clone(),
         engine,
         sockets,
+        below,
+        below_again_at: None,
+        below_failed: false,
         names: [Some(config.service.clone()), config.inside.clone()],
         hops: hops::Hops::new(snapshot, indices),
         ring_slots: config.ring_slots,

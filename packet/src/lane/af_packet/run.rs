@@ -18,13 +18,14 @@ use nix::sys::time::TimeSpec;
 
 use super::announce::Announcements;
 use super::batch::{Batch, MAX_BATCH, Sockets};
+use super::below::Below;
 use super::command::{Command, Shared};
 use super::filter::Interest;
 use super::hops::Hops;
 use super::membership::Memberships;
 use super::offload::{self, VNET_HDR_LEN};
 use super::park::{Park, Parked};
-use super::socket::PacketSocket;
+use super::socket::{PacketSocket, Place};
 use super::sys;
 use crate::drops::Reason;
 use crate::engine::{Engine, FrameMut, Port, PortConfig, Verdict};
@@ -52,6 +53,12 @@ pub struct Worker {
     pub(super) net: netlink::Handle,
     pub(super) engine: Engine,
     pub(super) sockets: Sockets,
+    /// A program in the kernel that handles most frames before they reach us.
+    pub(super) below: Option<Box<dyn Below>>,
+    /// When to try again to have it follow the interfaces.
+    pub(super) below_again_at: Option<BootTime>,
+    /// Whether it could not follow them last time.
+    pub(super) below_failed: bool,
     pub(super) names: Names,
     pub(super) hops: Hops,
     pub(super) ring_slots: usize,
@@ -114,6 +121,7 @@ impl Worker {
         self.announcements.take_requests(&self.shared, now);
         if self.net.generation() != self.hops.snapshot().generation
             || self.reopen_at.is_some_and(|t| t <= now)
+            || self.below_again_at.is_some_and(|t| t <= now)
         {
             self.follow_kernel(now);
         }
@@ -121,6 +129,11 @@ impl Worker {
             self.attend_park(now);
         }
         self.hops.refresh(now);
+        if let Some(below) = &mut self.below
+            && below.next_deadline() <= now
+        {
+            below.attend(&self.engine, &self.hops, now);
+        }
         for (index, address) in self.hops.take_stale() {
             self.net.use_neighbour(index, address);
         }
@@ -179,7 +192,14 @@ impl Worker {
             })?;
         }
         let revision = tables.revision();
+        let before = Arc::clone(self.engine.tables());
         self.engine.swap(tables, now);
+        if let Some(below) = &mut self.below
+            && let Err(e) = below.install(&self.engine, &self.hops)
+        {
+            self.engine.swap(before, now);
+            return Err(e);
+        }
         self.interest = interest;
         for socket in self.sockets.iter().flatten() {
             if let Err(e) = socket.set_filter(self.interest.program()) {
@@ -213,6 +233,8 @@ impl Worker {
         let mut troubles = Vec::new();
         let mut moved = false;
         self.reopen_at = None;
+        self.below_again_at = None;
+        let mut changed = false;
         for port in PORTS {
             let p = port as usize;
             let Some(name) = &self.names[p] else { continue };
@@ -225,11 +247,14 @@ impl Worker {
                 }
             }
             let Some(link) = link else {
+                changed |= open.is_some();
                 troubles.push(format!("interface \"{name}\" is gone"));
                 continue;
             };
             if self.sockets[p].is_none() {
-                match open_socket(name, link.index, self.ring_slots, &self.interest) {
+                let listen = self.below.as_ref().and_then(|b| b.comes_up_by(port)).unwrap_or(link.index);
+                let place = Place { name, index: link.index, listen };
+                match open_socket(&place, self.ring_slots, &self.interest) {
                     Ok(socket) => self.sockets[p] = Some(socket),
                     Err(e) => {
                         troubles.push(e.to_string());
@@ -241,9 +266,22 @@ impl Worker {
             let config = port_config(link, &snapshot);
             if self.engine.port(port) != Some(&config) {
                 self.engine.set_port(port, config);
+                changed = true;
             }
         }
         self.hops.update(snapshot, indices);
+        if let Some(below) = &mut self.below {
+            if changed || moved || self.below_failed {
+                let ports = PORTS.map(|p| indices[p as usize].and(self.engine.port(p)));
+                let followed = below.follow(ports);
+                self.below_failed = followed.is_err();
+                if let Err(reason) = followed {
+                    troubles.push(reason);
+                    self.below_again_at = Some(now.after(REOPEN_EVERY));
+                }
+            }
+            below.hops_changed(&self.engine, &self.hops, now);
+        }
         if moved {
             self.join_groups();
         }
@@ -365,6 +403,8 @@ impl Worker {
             self.park.next_deadline(),
             self.announcements.next_deadline(),
             self.reopen_at,
+            self.below_again_at,
+            self.below.as_ref().map(|b| b.next_deadline()),
         ]
         .into_iter()
         .flatten()
@@ -394,7 +434,10 @@ impl Worker {
     }
 
     fn counters(&mut self, now: BootTime) -> Counters {
-        let mut counters = self.engine.counters(now);
+        let mut counters = match &mut self.below {
+            Some(below) => below.counters(&self.engine, now),
+            None => self.engine.counters(now),
+        };
         let open: u64 = self.sockets.iter_mut().flatten().map(PacketSocket::ring_full).sum();
         counters.drops.push(("ring_full", self.stats.ring_full_before + open));
         counters.drops.push(("truncated", self.stats.truncated));
@@ -406,14 +449,13 @@ impl Worker {
 
 /// Opens a socket that lets through what `interest` says.
 pub fn open_socket(
-    name: &str,
-    index: u32,
+    place: &Place<'_>,
     ring_slots: usize,
     interest: &Interest,
 ) -> Result<PacketSocket, LaneError> {
-    let socket = PacketSocket::open(name, index, ring_slots)?;
+    let socket = PacketSocket::open(place, ring_slots)?;
     socket.set_filter(interest.program()).map_err(|source| LaneError::System {
-        doing: format!("interface \"{name}\": attach the filter of the plan"),
+        doing: format!("interface \"{}\": attach the filter of the plan", place.name),
         source,
     })?;
     Ok(socket)

@@ -23,6 +23,17 @@ use crate::lane::LaneError;
 /// Bytes that may be on their way out of a socket: a batch of super-frames with what the kernel adds to each.
 const SEND_BUFFER: usize = 16 << 20;
 
+/// Where a socket stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Name of the interface.
+    pub name: &'a str,
+    /// Its number: frames leave by it.
+    pub index: u32,
+    /// Number of the device by which frames come: the same, or the one by which a program hands them up.
+    pub listen: u32,
+}
+
 /// An open socket.
 #[derive(Debug)]
 pub struct PacketSocket {
@@ -50,7 +61,8 @@ impl PacketSocket {
     ///
     /// # Errors
     /// The interface or the kernel refuses something: says what.
-    pub fn open(name: &str, index: u32, slots: usize) -> Result<PacketSocket, LaneError> {
+    pub fn open(place: &Place<'_>, slots: usize) -> Result<PacketSocket, LaneError> {
+        let Place { name, index, listen } = *place;
         let failed = |doing: &str| {
             let doing = format!("interface \"{name}\": {doing}");
             move |source| LaneError::System { doing, source }
@@ -77,8 +89,10 @@ impl PacketSocket {
         };
         sys::set_option(fd.as_fd(), libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP, &all_multicast)
             .map_err(failed("receive all multicast"))?;
-        sys::bind(fd.as_fd(), index).map_err(failed("bind the packet socket"))?;
-        Ok(PacketSocket { name: name.to_owned(), index, ring, batch: SendBatch::default(), fd, ring_full: 0 })
+        sys::bind(fd.as_fd(), listen).map_err(failed("bind the packet socket"))?;
+        // Without an address frames leave by the device that the socket is bound to.
+        let batch = SendBatch::new((listen != index).then_some(index));
+        Ok(PacketSocket { name: name.to_owned(), index, ring, batch, fd, ring_full: 0 })
     }
 
     /// Name of the interface.

@@ -193,8 +193,10 @@ pub struct Piece {
 unsafe impl Send for Piece {}
 
 /// Reusable arrays for sendmmsg(2).
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct SendBatch {
+    /// Where frames leave, if not by the device that the socket is bound to.
+    to: Option<libc::sockaddr_ll>,
     pieces: Vec<libc::iovec>,
     heads: Vec<libc::mmsghdr>,
 }
@@ -203,6 +205,21 @@ pub struct SendBatch {
 unsafe impl Send for SendBatch {}
 
 impl SendBatch {
+    /// Arrays for a socket whose frames leave by the device numbered `ifindex`; `None`: the one that it is bound to.
+    pub fn new(ifindex: Option<u32>) -> SendBatch {
+        let to = ifindex.map(|index| libc::sockaddr_ll {
+            sll_family: libc::AF_PACKET as u16,
+            // As on a socket that is bound to it: the kernel takes the frame's own EtherType.
+            sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+            sll_ifindex: index as c_int,
+            sll_hatype: 0,
+            sll_pkttype: 0,
+            sll_halen: 6,
+            sll_addr: [0; 8],
+        });
+        SendBatch { to, pieces: Vec::new(), heads: Vec::new() }
+    }
+
     /// Sends every piece as one frame, without ever waiting. Returns the number of frames sent from the front; an error
     /// is that of the first frame.
     ///
@@ -220,12 +237,16 @@ impl SendBatch {
         for piece in &mut self.pieces {
             // SAFETY: `msghdr` is plain data for which all zero bytes mean "no address, no control data".
             let mut head: libc::msghdr = unsafe { std::mem::zeroed() };
+            if let Some(to) = &mut self.to {
+                head.msg_name = std::ptr::from_mut(to).cast();
+                head.msg_namelen = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+            }
             head.msg_iov = piece;
             head.msg_iovlen = 1;
             self.heads.push(libc::mmsghdr { msg_hdr: head, msg_len: 0 });
         }
         // SAFETY: `heads` holds as many entries as said; each points at one entry of `pieces`, which is not resized
-        // before the call returns, and the caller vouches for the memory that they describe.
+        // (nor is `to` moved) before the call returns, and the caller vouches for the memory that they describe.
         let n = unsafe {
             libc::sendmmsg(
                 fd.as_raw_fd(),
