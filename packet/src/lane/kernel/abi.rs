@@ -1,0 +1,528 @@
+//! Keys and values of the program's maps, as `packet/bpf/maps.h` lays them out: see there what they mean and who writes them. A
+//! test compares sizes and offsets with the types in the compiled program.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use crate::drops::Reason;
+use crate::engine::{Event, Port};
+use crate::flow::{BackendSide, ClientSide};
+use crate::neighbour::Mac;
+use crate::plan::MAX_GROUPS;
+
+/// Plain data: `repr(C)`, without padding, every bit pattern of it valid.
+///
+/// # Safety
+/// All of that must be so.
+pub unsafe trait Plain: Copy + 'static {
+    /// All bits zero.
+    fn zeroed() -> Self {
+        // SAFETY: every bit pattern is valid.
+        unsafe { std::mem::zeroed() }
+    }
+}
+
+// SAFETY: integers and arrays of them.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+// SAFETY: as above.
+unsafe impl Plain for [u8; 16] {}
+// SAFETY: a descriptor's number.
+unsafe impl Plain for i32 {}
+
+/// Declares a `repr(C)` structure whose fields fill it, with its size.
+macro_rules! plain {
+    ($($(#[$meta:meta])* $name:ident: $size:literal { $($(#[$field_meta:meta])* $field:ident: $type:ty),+ $(,)? })+) => { $(
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name { $($(#[$field_meta])* pub $field: $type),+ }
+
+        const _: () = assert!(size_of::<$name>() == $size);
+        // No padding: the fields are as long as the whole.
+        const _: () = assert!(0 $(+ size_of::<$type>())+ == $size);
+        // SAFETY: `repr(C)`, made of integers and arrays of them, and without padding as just asserted.
+        unsafe impl Plain for $name {}
+
+        impl $name {
+            /// Name of its type in C with its size and the fields' names and offsets.
+            pub const LAYOUT: Layout = Layout {
+                name: stringify!($name),
+                size: $size,
+                fields: &[$((stringify!($field), std::mem::offset_of!($name, $field))),+],
+            };
+        }
+    )+
+
+        /// Every structure.
+        pub const LAYOUTS: &[Layout] = &[$($name::LAYOUT),+];
+    };
+}
+
+/// How a structure lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Name in Rust; in C it is the same in lower case with underscores.
+    pub name: &'static str,
+    /// Size in bytes.
+    pub size: usize,
+    /// Names and offsets in bytes.
+    pub fields: &'static [(&'static str, usize)],
+}
+
+/// Lease cells.
+pub const LEASES: u32 = MAX_GROUPS as u32;
+/// Slots of one element of a Maglev table.
+pub const SLOTS_PER_LINE: usize = 16;
+/// Registers of a window of [`Seen`].
+pub const REGISTERS: usize = 256;
+/// Room in [`Tally`].
+pub const TALLY_EVENTS: usize = 16;
+/// Room in [`Tally`].
+pub const TALLY_DROPS: usize = 48;
+/// Room in [`Tally`].
+pub const TALLY_UP: usize = 32;
+const _: () = assert!(Event::ALL.len() <= TALLY_EVENTS && Reason::ALL.len() <= TALLY_DROPS);
+
+plain! {
+    /// `struct port`: an interface.
+    PortCell: 32 {
+        /// [`mac_word`] of its address; 0 while there is no such port.
+        mac: u64,
+        /// Kernel index.
+        ifindex: u32,
+        /// `tc`: index of the device to which frames go up; 0: none.
+        up: u32,
+        /// Largest layer-3 packet that may leave by it, in bytes.
+        mtu: u32,
+        /// Zero.
+        reserved: [u32; 3],
+    }
+    /// `struct config`.
+    Config: 128 {
+        /// By [`Port`].
+        ports: [PortCell; Port::COUNT],
+        /// Entries of `backends`.
+        backends: u32,
+        /// Entries of `services`.
+        services: u32,
+        /// `CONFIG_*`.
+        flags: u32,
+        /// Zero.
+        reserved: [u32; 13],
+    }
+    /// `struct place`: key of a generation's table.
+    Place: 20 {
+        /// Address.
+        address: [u8; 16],
+        /// Port in network order, or 0.
+        port: [u8; 2],
+        /// L4 protocol, or 0.
+        protocol: u8,
+        /// `KIND_*`.
+        kind: u8,
+    }
+    /// `struct record`: what stands at a place.
+    Record: 64 {
+        /// VIP group.
+        group: u32,
+        /// Number of the service's state.
+        service: u32,
+        /// Number of the backend's state, of an answer.
+        backend: u32,
+        /// `RECORD_*`.
+        flags: u16,
+        /// `MODE_*`.
+        mode: u8,
+        /// Port on which an owned address is answered for, or `PORT_ANY`.
+        port: u8,
+        /// Index of the current table in `slots`.
+        current: u32,
+        /// Its number of slots; 0: none.
+        current_size: u32,
+        /// Index of the base table in `slots`.
+        base: u32,
+        /// Its number of slots; 0: none.
+        base_size: u32,
+        /// VIP of an answer's service.
+        vip: [u8; 16],
+        /// Its port in network order.
+        vip_port: [u8; 2],
+        /// Zero.
+        reserved0: u16,
+        /// Zero.
+        reserved: [u32; 3],
+    }
+    /// `struct slot_line`: sixteen slots of a Maglev table.
+    SlotLine: 64 {
+        /// `SLOT_*`.
+        slots: [u32; SLOTS_PER_LINE],
+    }
+    /// `struct backend`, by the number of the engine's state.
+    BackendCell: 64 {
+        /// [`Hop::word`].
+        hop: u64,
+        /// Address.
+        address: [u8; 16],
+        /// Port in network order.
+        port: [u8; 2],
+        /// `BACKEND_*`.
+        flags: u8,
+        /// Zero.
+        reserved0: u8,
+        /// Number of its service's state.
+        service: u32,
+        /// Zero.
+        reserved: [u64; 4],
+    }
+    /// `struct service`, by the number of the engine's state.
+    ServiceCell: 64 {
+        /// `SERVICE_*`.
+        flags: u32,
+        /// VIP group.
+        group: u32,
+        /// VIP.
+        vip: [u8; 16],
+        /// Port in network order.
+        port: [u8; 2],
+        /// Zero.
+        reserved0: u16,
+        /// Zero.
+        reserved: [u32; 9],
+    }
+    /// `struct lease`: as `lease.rs` lays out its cells.
+    LeaseCell: 64 {
+        /// Group + 1; 0 of an empty cell.
+        group: u64,
+        /// Epoch of the ownership.
+        epoch: u64,
+        /// Nanoseconds of `CLOCK_BOOTTIME`.
+        answer_until: u64,
+        /// Nanoseconds of `CLOCK_BOOTTIME`.
+        forward_until: u64,
+        /// Zero.
+        reserved: [u64; 4],
+    }
+    /// `struct flow_key`.
+    FlowKey: 24 {
+        /// Client's address.
+        client: [u8; 16],
+        /// Number of the service's state.
+        service: u32,
+        /// Client's port in network order.
+        client_port: [u8; 2],
+        /// Zero.
+        reserved: u16,
+    }
+    /// `struct flow`.
+    FlowCell: 32 {
+        /// Nanoseconds of `CLOCK_BOOTTIME`.
+        last_seen: u64,
+        /// Number of the backend's state.
+        backend: u32,
+        /// `FLOW_*`.
+        flags: u8,
+        /// Zero.
+        reserved: u8,
+        /// SNAT port in network order.
+        snat_port: [u8; 2],
+        /// SNAT address.
+        snat: [u8; 16],
+    }
+    /// `struct bound_key`.
+    BoundKey: 40 {
+        /// Backend's address.
+        backend: [u8; 16],
+        /// SNAT address.
+        snat: [u8; 16],
+        /// Backend's port in network order.
+        backend_port: [u8; 2],
+        /// SNAT port in network order.
+        snat_port: [u8; 2],
+        /// L4 protocol.
+        protocol: u8,
+        /// Zero.
+        reserved: [u8; 3],
+    }
+    /// `struct bound`.
+    BoundCell: 40 {
+        /// Nanoseconds of `CLOCK_BOOTTIME`.
+        last_seen: u64,
+        /// Number of the backend's state.
+        backend: u32,
+        /// Number of the service's state.
+        service: u32,
+        /// Client's address.
+        client: [u8; 16],
+        /// Client's port in network order.
+        client_port: [u8; 2],
+        /// `FLOW_*`.
+        flags: u8,
+        /// Zero.
+        reserved: [u8; 5],
+    }
+    /// `struct route_key`: of the longest-prefix match.
+    RouteKey: 20 {
+        /// Bits that count, of 128.
+        prefix_len: u32,
+        /// Network.
+        address: [u8; 16],
+    }
+    /// `struct neighbour_key`.
+    NeighbourKey: 20 {
+        /// Address on the link.
+        address: [u8; 16],
+        /// [`Port`] that it is on.
+        port: u32,
+    }
+    /// `struct traffic`: what passed a backend on one processor.
+    Traffic: 64 {
+        /// Packets sent to the backend; a super-frame counts as its segments.
+        packets: u64,
+        /// Bytes of layer 3 sent to it.
+        bytes: u64,
+        /// Packets from the backend to clients.
+        return_packets: u64,
+        /// Bytes of layer 3 from it to clients.
+        return_bytes: u64,
+        /// New flows.
+        new_flows: u64,
+        /// Zero.
+        reserved: [u64; 3],
+    }
+    /// `struct seen`: flows that are not remembered, as in `engine/sketch.rs`.
+    Seen: 528 {
+        /// End of the window that is being filled, in nanoseconds of `CLOCK_BOOTTIME`.
+        until: u64,
+        /// Its number.
+        window: u64,
+        /// Registers, those of the newest window at `window & 1`.
+        registers: [[u8; REGISTERS]; 2],
+    }
+    /// `struct tally`: what became of frames on one processor.
+    Tally: 1024 {
+        /// In the order of [`Event::ALL`].
+        events: [u64; TALLY_EVENTS],
+        /// In the order of [`Reason::ALL`].
+        drops: [u64; TALLY_DROPS],
+        /// In the order of [`Up::ALL`].
+        up: [u64; TALLY_UP],
+        /// Zero.
+        reserved: [u64; 32],
+    }
+}
+
+/// Every flow of `nat` whose answers may come is in `bound`.
+pub const CONFIG_BOUND_COMPLETE: u32 = 1;
+
+/// A VIP with port and protocol.
+pub const KIND_SERVICE: u8 = 0;
+/// An address that is answered for.
+pub const KIND_OWNED: u8 = 1;
+/// A nat-transparent backend with port and protocol.
+pub const KIND_ANSWER: u8 = 2;
+/// The address of one.
+pub const KIND_BACKEND: u8 = 3;
+
+/// [`crate::plan::Mode::Dsr`].
+pub const MODE_DSR: u8 = 0;
+/// [`crate::plan::Mode::Nat`].
+pub const MODE_NAT: u8 = 1;
+/// [`crate::plan::Mode::NatTransparent`].
+pub const MODE_NAT_TRANSPARENT: u8 = 2;
+
+/// The backend of a new flow is chosen by hash.
+pub const RECORD_HASHED: u16 = 0x0001;
+/// By a hash of the client's address alone.
+pub const RECORD_SOURCE_IP: u16 = 0x0002;
+/// Every flow is remembered.
+pub const RECORD_TRACKS_ALL: u16 = 0x0004;
+/// The dead-backend policy is `keep`.
+pub const RECORD_KEEP: u16 = 0x0008;
+/// Everything for this service goes up.
+pub const RECORD_UP: u16 = 0x0010;
+/// Clients use the address.
+pub const RECORD_VIP: u16 = 0x0100;
+/// Backends route through it.
+pub const RECORD_INSIDE: u16 = 0x0200;
+/// It is a source of full NAT.
+pub const RECORD_SNAT: u16 = 0x0400;
+/// [`Record::port`] of an address that is answered for on every port.
+pub const PORT_ANY: u8 = 2;
+
+/// Number of the backend's state + 1; 0 for nobody.
+pub const SLOT_NUMBER: u32 = 0x00ff_ffff;
+/// New flows may go to it.
+pub const SLOT_ALIVE: u32 = 0x4000_0000;
+/// Of the current table: the base table may say another backend.
+pub const SLOT_MOVED: u32 = 0x8000_0000;
+
+/// In the tables in force.
+pub const BACKEND_IN_PLAN: u8 = 0x01;
+/// Its flows may be sent to it.
+pub const BACKEND_ALIVE: u8 = 0x02;
+
+/// In the tables in force.
+pub const SERVICE_IN_PLAN: u32 = 1;
+/// Flows of it are remembered.
+pub const SERVICE_CONSULT: u32 = 2;
+/// All of its remembered flows are in `flows`, steady or not.
+pub const SERVICE_CONCLUSIVE: u32 = 4;
+
+/// A plain segment or datagram of either side changes nothing of it but when it was last seen.
+pub const FLOW_STEADY: u8 = 0x01;
+/// Its backend knows it by a SNAT address and port.
+pub const FLOW_BOUND: u8 = 0x02;
+
+/// An address as the maps hold it.
+pub fn wide(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(a) => a.to_ipv6_mapped().octets(),
+        IpAddr::V6(a) => a.octets(),
+    }
+}
+
+/// The address that [`wide`] made this of.
+pub fn narrow(octets: [u8; 16]) -> IpAddr {
+    Ipv6Addr::from(octets).to_canonical()
+}
+
+/// A MAC in the low bytes of a word.
+pub fn mac_word(mac: Mac) -> u64 {
+    let [a, b, c, d, e, f] = mac;
+    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+}
+
+/// The way to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hop {
+    /// Nothing is known: packets go up.
+    Unknown,
+    /// There is no way: packets are dropped (`no_route`).
+    None,
+    /// It leaves by `port`, for `mac`.
+    Known {
+        /// Port to leave by.
+        port: Port,
+        /// Next hop's address.
+        mac: Mac,
+        /// Whether the next hop is the address itself.
+        on_link: bool,
+    },
+    /// Of a route: addresses of this network are on the link of `port`, their MACs in `neighbours`.
+    OnLink {
+        /// Port to leave by.
+        port: Port,
+    },
+}
+
+impl Hop {
+    const KNOWN: u8 = 1;
+    const ON_LINK: u8 = 2;
+    const NONE: u8 = 4;
+
+    /// As the maps hold it.
+    pub fn word(self) -> u64 {
+        let (mac, port, flags) = match self {
+            Hop::Unknown => ([0; 6], 0, 0),
+            Hop::None => ([0; 6], 0, Self::NONE),
+            Hop::Known { port, mac, on_link } => {
+                (mac, port as u8, Self::KNOWN | if on_link { Self::ON_LINK } else { 0 })
+            }
+            Hop::OnLink { port } => ([0; 6], port as u8, Self::ON_LINK),
+        };
+        mac_word(mac) | u64::from(port) << 48 | u64::from(flags) << 56
+    }
+
+    /// What `lookup` says of `destination`.
+    pub fn of(destination: IpAddr, lookup: crate::neighbour::NextHop) -> Hop {
+        use crate::neighbour::NextHop;
+        match lookup {
+            NextHop::Resolved { port, next_hop, mac } => {
+                Hop::Known { port, mac, on_link: next_hop == destination }
+            }
+            NextHop::Unresolved { .. } => Hop::Unknown,
+            NextHop::NoRoute => Hop::None,
+        }
+    }
+}
+
+impl From<&ClientSide> for FlowKey {
+    fn from(side: &ClientSide) -> FlowKey {
+        FlowKey {
+            client: wide(side.client),
+            service: side.service,
+            client_port: side.client_port.to_be_bytes(),
+            reserved: 0,
+        }
+    }
+}
+
+impl From<&BackendSide> for BoundKey {
+    fn from(side: &BackendSide) -> BoundKey {
+        BoundKey {
+            backend: wide(side.backend),
+            snat: wide(side.snat),
+            backend_port: side.backend_port.to_be_bytes(),
+            snat_port: side.snat_port.to_be_bytes(),
+            protocol: side.protocol,
+            reserved: [0; 3],
+        }
+    }
+}
+
+/// Declares [`Up`] with the word of each.
+macro_rules! ups {
+    ($($(#[$meta:meta])* $variant:ident = $word:literal),+ $(,)?) => {
+        /// Why the program left a frame of ours to the engine. The order is that of `enum up` in `packet/bpf/verdict.h`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Up { $($(#[$meta])* $variant),+ }
+
+        impl Up {
+            /// Every class, in the order of the counters.
+            pub const ALL: &'static [Up] = &[$(Up::$variant),+];
+
+            /// The word used in counters.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Up::$variant => $word),+ }
+            }
+        }
+    };
+}
+
+ups! {
+    /// Headers that don't fit the frame or each other: the engine names the reason.
+    Malformed = "malformed",
+    /// A fragment.
+    Fragment = "fragment",
+    /// IPv4 options or IPv6 extension headers.
+    Options = "options",
+    /// ICMP other than a plain neighbour solicitation.
+    Icmp = "icmp",
+    /// A VLAN tag.
+    Vlan = "vlan",
+    /// ARP or neighbour discovery that is no plain question.
+    Discovery = "discovery",
+    /// Somebody else claims an address of ours.
+    Claim = "claim",
+    /// TTL or hop limit used up.
+    Ttl = "ttl",
+    /// Larger than the way's MTU.
+    TooBig = "too_big",
+    /// The way is not known to the program.
+    Neighbour = "neighbour",
+    /// A segment that changes the state of a remembered flow: SYN, FIN, RST.
+    Segment = "segment",
+    /// A flow that is to be remembered, or may be remembered without being known here.
+    Flow = "flow",
+    /// A remembered flow that a plain segment still changes.
+    Unsteady = "unsteady",
+    /// The backend is dead, and the policy for it is the engine's.
+    DeadBackend = "dead_backend",
+    /// What the maps had no room for.
+    Room = "room",
+    /// The program lacks something that it needs: before the first plan.
+    Unready = "unready",
+}
+const _: () = assert!(Up::ALL.len() <= TALLY_UP);
