@@ -18,6 +18,8 @@ needs() {
     case "$1" in
         build) cat <<'TXT'
 cc|gcc|compiles the C parts of dependencies
+clang|clang|compiles the program of the kernel lanes for eBPF, which gcc does not
+/usr/include/linux/bpf.h|linux-libc-dev|the kernel's own headers that it includes
 protoc|protobuf-compiler|compiles the .proto files, ours and those of raft
 /usr/include/google/protobuf/any.proto|libprotobuf-dev|the well-known types that they import
 TXT

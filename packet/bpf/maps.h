@@ -231,6 +231,10 @@ struct neighbour_key {
     u32 port;
 };
 
+struct host_key {
+    u8 address[16];
+};
+
 /* What passed a backend on one processor: a cache line. */
 struct traffic {
     u64 packets;
@@ -298,8 +302,9 @@ struct {
 struct places {
     UINT(type, BPF_MAP_TYPE_HASH);
     UINT(max_entries, 1);
-    TYPE(key, struct place);
-    TYPE(value, struct record);
+    /* Sizes, not types: what stands behind a pointer in a nested description reaches the loader as a forward declaration. */
+    UINT(key_size, sizeof(struct place));
+    UINT(value_size, sizeof(struct record));
 };
 
 /* The plan in force: one table of everything that a packet asks for, read once a packet, so that no packet sees two plans. */
@@ -314,8 +319,8 @@ struct slot_table {
     UINT(type, BPF_MAP_TYPE_ARRAY);
     UINT(max_entries, 1);
     UINT(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
-    TYPE(key, u32);
-    TYPE(value, struct slot_line);
+    UINT(key_size, sizeof(u32));
+    UINT(value_size, sizeof(struct slot_line));
 };
 
 /* Maglev tables. A table is never changed once a plan that names it is in force. */
@@ -389,7 +394,7 @@ struct {
     UINT(type, BPF_MAP_TYPE_HASH);
     UINT(max_entries, 1);
     UINT(map_flags, BPF_F_NO_PREALLOC);
-    UINT(key_size, 16);
+    TYPE(key, struct host_key);
     TYPE(value, u32);
 } host SEC(".maps");
 

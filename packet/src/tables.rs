@@ -116,9 +116,15 @@ pub struct Backend {
 
 /// A Maglev table with what it was built from.
 #[derive(Debug)]
-struct Table {
+pub(crate) struct Table {
     members: Vec<Member>,
     maglev: Maglev,
+}
+
+impl Table {
+    pub(crate) fn maglev(&self) -> &Maglev {
+        &self.maglev
+    }
 }
 
 /// What the tables say about a hash: indices into [`Service::backends`].
@@ -181,6 +187,16 @@ impl Service {
     /// Number of the slot in the current table, for display.
     pub fn slot_number(&self, hash: u32) -> u32 {
         self.current.maglev.slot(hash)
+    }
+
+    /// The table in force.
+    pub(crate) fn current(&self) -> &Arc<Table> {
+        &self.current
+    }
+
+    /// The table of before; absent while the service is settled.
+    pub(crate) fn base(&self) -> Option<&Arc<Table>> {
+        self.base.as_ref()
     }
 
     /// Whether there is a base table that differs from the current one.

@@ -4,6 +4,7 @@
 //! behaviour, so nothing outside this module may depend on which lane runs.
 
 pub mod af_packet;
+pub mod kernel;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -1,0 +1,559 @@
+//! The program, loaded: its maps with a name for each thing that is done to them, and its test runs.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use aya::maps::Map;
+use aya::programs::{SchedClassifier, Xdp};
+use aya::{Ebpf, EbpfLoader};
+
+use super::abi::{
+    self, BackendCell, BoundCell, BoundKey, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey, PortCell,
+    RouteKey, Seen, ServiceCell, Tally, Traffic,
+};
+use super::sys::{self, Mapped, Ran};
+use crate::drops::Reason;
+use crate::engine::{Event, Port};
+use crate::lane::kernel::abi::Plain;
+use crate::neighbour::Mac;
+use crate::plan::MAX_SERVICES;
+use std::net::IpAddr;
+
+/// The object for the XDP hook, for a loader of one's own.
+pub static XDP_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/xdp.o"));
+/// The object for the tc hook.
+pub static TC_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tc.o"));
+/// What tests and benchmarks put around the program.
+pub static HARNESS_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/harness.o"));
+
+/// Where a program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Hook {
+    /// At the driver, or right behind it (generic XDP).
+    Xdp,
+    /// At traffic control, ingress.
+    Tc,
+}
+
+impl Hook {
+    /// The word used in messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Hook::Xdp => "xdp",
+            Hook::Tc => "tc",
+        }
+    }
+}
+
+/// Room in the maps. It is taken when the program is loaded, except that of flows, which is taken as they come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Backends' states (numbers below this): 592 bytes each and 64 more for each processor. What goes beyond goes up.
+    pub backends: u32,
+    /// Services' states.
+    pub services: u32,
+    /// Flows, about 90 bytes each and as many again for the other side of full NAT.
+    pub flows: u32,
+    /// Routes.
+    pub routes: u32,
+    /// Neighbours.
+    pub neighbours: u32,
+}
+
+impl Default for Sizes {
+    fn default() -> Sizes {
+        Sizes {
+            backends: 1 << 14,
+            // Those in force, and as many that flows of an earlier plan still refer to.
+            services: 2 * MAX_SERVICES as u32,
+            flows: crate::engine::DEFAULT_MAX_FLOWS as u32,
+            routes: 1 << 16,
+            neighbours: 1 << 16,
+        }
+    }
+}
+
+/// Maglev tables of the plan in force and of the next one, each with its base table.
+pub(super) const MAX_TABLES: u32 = 4 * MAX_SERVICES as u32 + 1;
+/// Own addresses of the host. A host with more of them sends answers to the rest to user space.
+const MAX_HOST_ADDRESSES: u32 = 4096;
+
+/// Why the program or its maps can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The kernel refused the program.
+    #[error("the kernel refused the program for {hook}: {reason}")]
+    Refused {
+        /// Hook.
+        hook: &'static str,
+        /// The loader's words and the verifier's log.
+        reason: String,
+    },
+    /// A map could not be read or written.
+    #[error("{doing}: {source}")]
+    Map {
+        /// What was being done.
+        doing: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl KernelError {
+    pub(super) fn map(doing: impl Into<String>) -> impl FnOnce(io::Error) -> KernelError {
+        let doing = doing.into();
+        move |source| KernelError::Map { doing, source }
+    }
+}
+
+/// A loaded program. Dropping it closes programs and maps; what is attached by a pinned link stays.
+#[derive(Debug)]
+pub struct Kernel {
+    hook: Hook,
+    ebpf: Ebpf,
+    maps: std::sync::Arc<Maps>,
+}
+
+/// The maps of a loaded program. All calls may come from any thread; two writers of one thing must agree.
+#[derive(Debug)]
+pub struct Maps {
+    sizes: Sizes,
+    cpus: u32,
+    pub(super) generation: OwnedFd,
+    pub(super) slots: OwnedFd,
+    flows: OwnedFd,
+    bound: OwnedFd,
+    routes: OwnedFd,
+    neighbours: OwnedFd,
+    host: OwnedFd,
+    config: Mapped<Config>,
+    backends: Mapped<BackendCell>,
+    services: Mapped<ServiceCell>,
+    leases: Mapped<LeaseCell>,
+    traffic: Mapped<Traffic>,
+    seen: Mapped<Seen>,
+    tally: Mapped<Tally>,
+}
+
+impl Kernel {
+    /// Loads the program for `hook` with maps of these sizes. Nothing is attached, and without a plan and ports the program
+    /// lets everything pass.
+    ///
+    /// # Errors
+    /// The kernel refuses: the verifier's log is in the error.
+    pub fn load(hook: Hook, sizes: Sizes) -> Result<Kernel, KernelError> {
+        let object = match hook {
+            Hook::Xdp => XDP_OBJECT,
+            Hook::Tc => TC_OBJECT,
+        };
+        let refused = |reason: String| KernelError::Refused { hook: hook.as_str(), reason };
+        let cpus = possible_cpus().map_err(KernelError::map("count the processors"))?;
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("slots", MAX_TABLES)
+            .map_max_entries("backends", sizes.backends)
+            .map_max_entries("seen", sizes.backends)
+            .map_max_entries("traffic", sizes.backends.saturating_mul(cpus))
+            .map_max_entries("tally", cpus)
+            .map_max_entries("services", sizes.services)
+            .map_max_entries("flows", sizes.flows)
+            .map_max_entries("bound", sizes.flows)
+            .map_max_entries("routes", sizes.routes)
+            .map_max_entries("neighbours", sizes.neighbours)
+            .map_max_entries("host", MAX_HOST_ADDRESSES)
+            .load(object)
+            .map_err(|e| refused(words(&e)))?;
+        let maps = Maps::new(&mut ebpf, sizes, cpus)?;
+        let mut kernel = Kernel { hook, ebpf, maps: std::sync::Arc::new(maps) };
+        match hook {
+            Hook::Xdp => kernel.xdp().map(Xdp::load),
+            Hook::Tc => kernel.tc().map(SchedClassifier::load),
+        }
+        .unwrap_or(Ok(()))
+        .map_err(|e| refused(words(&e)))?;
+        Ok(kernel)
+    }
+
+    /// Hook that it was loaded for.
+    pub fn hook(&self) -> Hook {
+        self.hook
+    }
+
+    /// Its maps.
+    pub fn maps(&self) -> &std::sync::Arc<Maps> {
+        &self.maps
+    }
+
+    /// The program, to be attached; `None` when it was loaded for the other hook.
+    pub fn xdp(&mut self) -> Option<&mut Xdp> {
+        self.ebpf.program_mut(PROGRAM)?.try_into().ok()
+    }
+
+    /// The program, to be attached; `None` when it was loaded for the other hook.
+    pub fn tc(&mut self) -> Option<&mut SchedClassifier> {
+        self.ebpf.program_mut(PROGRAM)?.try_into().ok()
+    }
+
+    /// Descriptor of the program.
+    ///
+    /// # Errors
+    /// It is not loaded.
+    pub fn program_fd(&self) -> io::Result<BorrowedFd<'_>> {
+        let program = self.ebpf.program(PROGRAM).ok_or_else(|| io::Error::other("no program"))?;
+        program.fd().map(AsFd::as_fd).map_err(io::Error::other)
+    }
+
+    /// Runs the program `repeat` times on `frame` without sending anything; the mean time is in the answer. It comes by the
+    /// interface with index 1 of the caller's namespace, so tests give that index to the port that they mean.
+    /// `context`: `struct xdp_md` or `struct __sk_buff`.
+    ///
+    /// # Errors
+    /// As `BPF_PROG_TEST_RUN`: `EINVAL` for a frame shorter than an Ethernet header, too.
+    pub fn test_run(&self, frame: &[u8], context: Option<&[u8]>, repeat: u32) -> io::Result<Ran> {
+        sys::test_run(self.program_fd()?, frame, context, repeat)
+    }
+}
+
+/// Name of the program in both objects.
+const PROGRAM: &str = "komainu";
+
+/// An error with all that caused it.
+fn words(e: &dyn std::error::Error) -> String {
+    let mut text = e.to_string();
+    let mut cause = e.source();
+    while let Some(e) = cause {
+        let more = e.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = e.source();
+    }
+    text
+}
+
+impl Maps {
+    fn new(ebpf: &mut Ebpf, sizes: Sizes, cpus: u32) -> Result<Maps, KernelError> {
+        let take = |name: &'static str| -> Result<OwnedFd, KernelError> {
+            let map = ebpf.map(name).ok_or_else(|| io::Error::other("the object has no such map"));
+            map.and_then(descriptor).map_err(KernelError::map(format!("open the map \"{name}\"")))
+        };
+        Ok(Maps {
+            sizes,
+            cpus,
+            generation: take("generation")?,
+            slots: take("slots")?,
+            flows: take("flows")?,
+            bound: take("bound")?,
+            routes: take("routes")?,
+            neighbours: take("neighbours")?,
+            host: take("host")?,
+            config: mapped(&take("config")?, 1)?,
+            backends: mapped(&take("backends")?, sizes.backends)?,
+            services: mapped(&take("services")?, sizes.services)?,
+            leases: mapped(&take("leases")?, abi::LEASES)?,
+            traffic: mapped(&take("traffic")?, sizes.backends.saturating_mul(cpus))?,
+            seen: mapped(&take("seen")?, sizes.backends)?,
+            tally: mapped(&take("tally")?, cpus)?,
+        }
+        .with_config())
+    }
+
+    fn with_config(self) -> Maps {
+        let config =
+            Config { backends: self.sizes.backends, services: self.sizes.services, ..Config::zeroed() };
+        self.config.write(0, &config);
+        self
+    }
+
+    /// Room in the maps.
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    // Configuration.
+
+    /// Writes what the program needs to know of an interface; `None`: there is none. `up` (`tc`) is the index of the device to
+    /// which frames go up.
+    pub fn set_port(&self, port: Port, mac: Mac, ifindex: u32, mtu: u32, up: u32) {
+        let cell = PortCell { mac: abi::mac_word(mac), ifindex, up, mtu, reserved: [0; 3] };
+        self.write_port(port, cell);
+    }
+
+    /// The port is gone: frames that come by its interface pass.
+    pub fn clear_port(&self, port: Port) {
+        self.write_port(port, PortCell::zeroed());
+    }
+
+    fn write_port(&self, port: Port, cell: PortCell) {
+        let mut config = self.config.read(0).unwrap_or(Config::zeroed());
+        config.ports[port as usize] = cell;
+        self.config.write(0, &config);
+    }
+
+    /// Tells the program whether every binding of full NAT is in `bound`, so that it may drop answers to none itself
+    /// (`no_binding`).
+    pub fn set_bound_complete(&self, complete: bool) {
+        let mut config = self.config.read(0).unwrap_or(Config::zeroed());
+        config.flags = if complete { abi::CONFIG_BOUND_COMPLETE } else { 0 };
+        self.config.write(0, &config);
+    }
+
+    /// The configuration as it stands.
+    pub fn config(&self) -> Config {
+        self.config.read(0).unwrap_or(Config::zeroed())
+    }
+
+    /// The cells that the leases stand in, to be laid under a [`crate::lease::LeaseBoard`].
+    pub fn leases(&self) -> &Mapped<LeaseCell> {
+        &self.leases
+    }
+
+    // Backends and services, by the numbers of the engine's states.
+
+    /// Writes a backend; `false` when the map has no place for its number.
+    pub fn set_backend(&self, number: u32, cell: &BackendCell) -> bool {
+        self.backends.write(number, cell)
+    }
+
+    /// A backend as it stands.
+    pub fn backend(&self, number: u32) -> Option<BackendCell> {
+        self.backends.read(number)
+    }
+
+    /// Writes the way to a backend: one word, so that no packet sees half of it.
+    pub fn set_backend_hop(&self, number: u32, hop: Hop) {
+        if let Some(word) = self.backends.word(number, std::mem::offset_of!(BackendCell, hop)) {
+            word.store(hop.word(), std::sync::atomic::Ordering::Release);
+        }
+    }
+
+    /// Writes a service but for what is remembered of it; `false` when the map has no place for its number.
+    pub fn set_service(&self, number: u32, cell: &ServiceCell) -> bool {
+        let Some(before) = self.services.read(number) else { return false };
+        let memory = before.flags & (abi::SERVICE_CONSULT | abi::SERVICE_CONCLUSIVE);
+        self.services.write(number, &ServiceCell { flags: cell.flags | memory, ..*cell })
+    }
+
+    /// A service as it stands.
+    pub fn service(&self, number: u32) -> Option<ServiceCell> {
+        self.services.read(number)
+    }
+
+    /// Whether flows of a service are remembered (`consult`), and whether all that are stand in `flows`, steady or not
+    /// (`conclusive`): then a packet whose flow isn't there is forwarded by hash, otherwise it goes up.
+    pub fn set_memory(&self, service: u32, consult: bool, conclusive: bool) {
+        let Some(mut cell) = self.services.read(service) else { return };
+        cell.flags &= !(abi::SERVICE_CONSULT | abi::SERVICE_CONCLUSIVE);
+        cell.flags |= if consult { abi::SERVICE_CONSULT } else { 0 };
+        cell.flags |= if conclusive { abi::SERVICE_CONCLUSIVE } else { 0 };
+        self.services.write(service, &cell);
+    }
+
+    // Flows.
+
+    /// Writes a flow.
+    ///
+    /// # Errors
+    /// `E2BIG`, `ENOMEM`: no room; the flow's packets go up, but not where the service is said to be conclusive.
+    pub fn put_flow(&self, key: &FlowKey, cell: &FlowCell) -> io::Result<()> {
+        sys::update(self.flows.as_fd(), key, cell, 0)
+    }
+
+    /// A flow as it stands: `last_seen` is the program's.
+    ///
+    /// # Errors
+    /// As bpf(2), other than that there is none.
+    pub fn flow(&self, key: &FlowKey) -> io::Result<Option<FlowCell>> {
+        sys::lookup(self.flows.as_fd(), key)
+    }
+
+    /// Removes a flow; `false` when it was not there.
+    ///
+    /// # Errors
+    /// As bpf(2), other than that there is none.
+    pub fn remove_flow(&self, key: &FlowKey) -> io::Result<bool> {
+        sys::delete(self.flows.as_fd(), key)
+    }
+
+    /// Writes the backend's side of a flow.
+    ///
+    /// # Errors
+    /// As [`Maps::put_flow`].
+    pub fn put_bound(&self, key: &BoundKey, cell: &BoundCell) -> io::Result<()> {
+        sys::update(self.bound.as_fd(), key, cell, 0)
+    }
+
+    /// The backend's side of a flow as it stands.
+    ///
+    /// # Errors
+    /// As bpf(2), other than that there is none.
+    pub fn bound(&self, key: &BoundKey) -> io::Result<Option<BoundCell>> {
+        sys::lookup(self.bound.as_fd(), key)
+    }
+
+    /// Removes the backend's side of a flow; `false` when it was not there.
+    ///
+    /// # Errors
+    /// As bpf(2), other than that there is none.
+    pub fn remove_bound(&self, key: &BoundKey) -> io::Result<bool> {
+        sys::delete(self.bound.as_fd(), key)
+    }
+
+    /// Writes many flows at once, for benchmarks.
+    ///
+    /// # Errors
+    /// As bpf(2); some may have been written.
+    pub fn put_flows(&self, keys: &[FlowKey], cells: &[FlowCell]) -> io::Result<()> {
+        sys::update_batch(self.flows.as_fd(), keys, cells)
+    }
+
+    // Ways to clients.
+
+    /// Writes a route: [`Hop::OnLink`] where the network is on a link, [`Hop::Known`] with the router's MAC,
+    /// [`Hop::Unknown`] where that is not known, [`Hop::None`] where the route leads nowhere of ours. `prefix_len` is of the
+    /// address's own family.
+    ///
+    /// # Errors
+    /// As bpf(2): `ENOSPC` when there are too many.
+    pub fn put_route(&self, network: IpAddr, prefix_len: u8, hop: Hop) -> io::Result<()> {
+        sys::update(self.routes.as_fd(), &route_key(network, prefix_len), &hop.word(), 0)
+    }
+
+    /// Removes a route; `false` when it was not there.
+    ///
+    /// # Errors
+    /// As bpf(2), other than that there is none.
+    pub fn remove_route(&self, network: IpAddr, prefix_len: u8) -> io::Result<bool> {
+        sys::delete(self.routes.as_fd(), &route_key(network, prefix_len))
+    }
+
+    /// Writes the MAC of an address on a link.
+    ///
+    /// # Errors
+    /// As bpf(2): `E2BIG` when there are too many.
+    pub fn put_neighbour(&self, port: Port, address: IpAddr, mac: Mac) -> io::Result<()> {
+        let key = NeighbourKey { address: abi::wide(address), port: port as u32 };
+        let word = Hop::Known { port, mac, on_link: true }.word();
+        sys::update(self.neighbours.as_fd(), &key, &word, 0)
+    }
+
+    /// Removes an address on a link: packets to it go up. `false` when it was not there.
+    ///
+    /// # Errors
+    /// As bpf(2), other than that there is none.
+    pub fn remove_neighbour(&self, port: Port, address: IpAddr) -> io::Result<bool> {
+        let key = NeighbourKey { address: abi::wide(address), port: port as u32 };
+        sys::delete(self.neighbours.as_fd(), &key)
+    }
+
+    /// Says which addresses are the host's own.
+    ///
+    /// # Errors
+    /// As bpf(2): `E2BIG` when there are more than 4096.
+    pub fn set_host_addresses(&self, addresses: impl IntoIterator<Item = IpAddr>) -> io::Result<()> {
+        let new: std::collections::HashSet<[u8; 16]> = addresses.into_iter().map(abi::wide).collect();
+        let mut old = Vec::new();
+        let mut at: Option<[u8; 16]> = None;
+        while let Some(key) = sys::next_key(self.host.as_fd(), at.as_ref())? {
+            old.push(key);
+            at = Some(key);
+        }
+        for key in old.iter().filter(|key| !new.contains(*key)) {
+            sys::delete(self.host.as_fd(), key)?;
+        }
+        for key in &new {
+            sys::update(self.host.as_fd(), key, &1u32, 0)?;
+        }
+        Ok(())
+    }
+
+    // Counters.
+
+    /// What passed a backend since its number was last [`Maps::reset_backend`].
+    pub fn traffic(&self, number: u32) -> Traffic {
+        let mut sum = Traffic::zeroed();
+        if number >= self.sizes.backends {
+            return sum;
+        }
+        for cpu in 0..self.cpus {
+            let Some(t) = self.traffic.read(cpu * self.sizes.backends + number) else { continue };
+            sum.packets += t.packets;
+            sum.bytes += t.bytes;
+            sum.return_packets += t.return_packets;
+            sum.return_bytes += t.return_bytes;
+            sum.new_flows += t.new_flows;
+        }
+        sum
+    }
+
+    /// Flows of a backend that are not remembered.
+    pub fn seen(&self, number: u32) -> Option<Seen> {
+        self.seen.read(number)
+    }
+
+    /// Forgets counters and flows seen of a backend, before its number is given to another.
+    pub fn reset_backend(&self, number: u32) {
+        if number >= self.sizes.backends {
+            return;
+        }
+        for cpu in 0..self.cpus {
+            self.traffic.write(cpu * self.sizes.backends + number, &Traffic::zeroed());
+        }
+        self.seen.write(number, &Seen::zeroed());
+    }
+
+    /// What became of frames, of all processors together.
+    pub fn tally(&self) -> Tally {
+        let mut sum = Tally::zeroed();
+        for cpu in 0..self.cpus {
+            let Some(t) = self.tally.read(cpu) else { continue };
+            let add = |to: &mut [u64], from: &[u64]| to.iter_mut().zip(from).for_each(|(to, n)| *to += n);
+            add(&mut sum.events, &t.events);
+            add(&mut sum.drops, &t.drops);
+            add(&mut sum.up, &t.up);
+        }
+        sum
+    }
+}
+
+impl Tally {
+    /// Frames counted for `event`.
+    pub fn event(&self, event: Event) -> u64 {
+        self.events[event as usize]
+    }
+
+    /// Frames dropped for `reason`.
+    pub fn drop(&self, reason: Reason) -> u64 {
+        self.drops[reason as usize]
+    }
+
+    /// Frames that went up for that reason.
+    pub fn up(&self, up: abi::Up) -> u64 {
+        self.up[up as usize]
+    }
+}
+
+fn route_key(network: IpAddr, prefix_len: u8) -> RouteKey {
+    let bits = u32::from(prefix_len) + if network.is_ipv4() { 96 } else { 0 };
+    RouteKey { prefix_len: bits.min(128), address: abi::wide(network) }
+}
+
+fn mapped<T: Plain>(map: &OwnedFd, entries: u32) -> Result<Mapped<T>, KernelError> {
+    Mapped::new(map.as_fd(), entries).map_err(KernelError::map("map an array of the program into memory"))
+}
+
+/// A descriptor of the loader's map.
+fn descriptor(map: &Map) -> io::Result<OwnedFd> {
+    let data = match map {
+        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::ArrayOfMaps(data) => data,
+        _ => return Err(io::Error::other("a map of another type than the program's source says")),
+    };
+    data.fd().as_fd().try_clone_to_owned()
+}
+
+/// Processors that may ever come up: the program counts by their numbers.
+fn possible_cpus() -> io::Result<u32> {
+    // As "0-3,8-11".
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    let last = text.trim().rsplit([',', '-']).next().and_then(|n| n.parse::<u32>().ok());
+    last.map(|n| n + 1).ok_or_else(|| io::Error::other(format!("unexpected list of processors {text:?}")))
+}
