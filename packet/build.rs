@@ -27,13 +27,21 @@ fn compile(hook: &str, to: &Path) {
     match command.status() {
         Ok(status) if status.success() => {}
         Ok(status) => {
-            eprintln!("{clang} refused {source} for {hook} ({status}). It takes clang 11 or later and the kernel's headers:");
-            eprintln!("on Debian and its children the packages clang and linux-libc-dev (\"deploy/setup.sh build\" installs them).");
+            eprintln!(
+                "{clang} refused {source} for {hook} ({status}). It takes clang 11 or later and the kernel's headers:"
+            );
+            eprintln!(
+                "on Debian and its children the packages clang and linux-libc-dev (\"deploy/setup.sh build\" installs them)."
+            );
             std::process::exit(1);
         }
         Err(e) => {
-            eprintln!("{clang} can't be run: {e}. The kernel lanes' program is compiled by clang: install the package");
-            eprintln!("clang (\"deploy/setup.sh build\" does), or name another compiler in the variable CLANG.");
+            eprintln!(
+                "{clang} can't be run: {e}. The kernel lanes' program is compiled by clang: install the package"
+            );
+            eprintln!(
+                "clang (\"deploy/setup.sh build\" does), or name another compiler in the variable CLANG."
+            );
             std::process::exit(1);
         }
     }

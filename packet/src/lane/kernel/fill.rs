@@ -395,13 +395,7 @@ fn record(service: &Service, number: u32, tables: Option<&Filled>) -> Record {
 }
 
 /// The places that answers of a `nat-transparent` service come from.
-fn answers(
-    service: &Service,
-    number: u32,
-    numbers: &[u32],
-    fits: bool,
-    entries: &mut Vec<(Place, Record)>,
-) {
+fn answers(service: &Service, number: u32, numbers: &[u32], fits: bool, entries: &mut Vec<(Place, Record)>) {
     for (backend, &n) in service.backends.iter().zip(numbers) {
         let answer = Place {
             address: abi::wide(backend.address),
@@ -433,12 +427,7 @@ fn owned_entry(tables: &Tables, owned: &OwnedAddress) -> (Place, Record) {
         flags |= if o.inside { abi::RECORD_INSIDE } else { 0 };
         flags |= if o.snat { abi::RECORD_SNAT } else { 0 };
     }
-    let place = Place {
-        address: abi::wide(owned.address),
-        port: [0; 2],
-        protocol: 0,
-        kind: abi::KIND_OWNED,
-    };
+    let place = Place { address: abi::wide(owned.address), port: [0; 2], protocol: 0, kind: abi::KIND_OWNED };
     let port = match owned.port {
         Some(Port::Service) => Port::Service as u8,
         Some(Port::Inside) => Port::Inside as u8,

@@ -8,8 +8,8 @@ use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, BoundCell, BoundKey, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey, PortCell,
-    RouteKey, Seen, ServiceCell, Tally, Traffic,
+    self, BackendCell, BoundCell, BoundKey, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey,
+    PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
 use super::sys::{self, Mapped, Ran};
 use crate::drops::Reason;

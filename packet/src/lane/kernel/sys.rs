@@ -58,7 +58,12 @@ struct Create {
 ///
 /// # Errors
 /// As bpf(2).
-pub fn create<K: Plain, V: Plain>(name: &str, map_type: u32, entries: u32, flags: u32) -> io::Result<OwnedFd> {
+pub fn create<K: Plain, V: Plain>(
+    name: &str,
+    map_type: u32,
+    entries: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut map_name = [0; 16];
     for (to, from) in map_name[..15].iter_mut().zip(name.bytes()) {
         *to = from;
