@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use komainu_lab::Host;
+use komainu_lab::topology::addr;
 use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane};
 use komainu_packet::lane::{Lane, LaneError};
 use komainu_packet::lease::Lease;
@@ -86,6 +87,16 @@ pub fn plan(revision: u64, vips: &[IpAddr], inside_vips: &[IpAddr], snat: &[IpAd
         }],
         services: Vec::new(),
     }
+}
+
+/// A plan for the standard topology: a UDP service on `port` of each VIP in mode `dsr`, with the first backend.
+pub fn dsr_plan(port: u16) -> Plan {
+    let vips = addr::service(addr::VIP);
+    let mut made = plan(1, &vips, &[], &[]);
+    for (vip, backend) in vips.into_iter().zip(addr::service(addr::FIRST_BACKEND)) {
+        add_service(&mut made, vip, port, Protocol::Udp, Mode::Dsr, &[backend]);
+    }
+    made
 }
 
 /// Adds a service with backends at `backends`, all of the same weight, on the service's own port.

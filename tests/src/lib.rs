@@ -6,7 +6,9 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod bench;
+pub mod grpc;
 pub mod lane;
+pub mod pki;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -17,7 +19,7 @@ use komainu_lab::cluster::document::Service;
 use komainu_lab::cluster::{Cluster, Document, SOON, binary};
 use komainu_lab::pcap::Capture;
 use komainu_lab::standard::{self, BACKEND_HTTP, ECHO, HTTP};
-use komainu_lab::topology::{SERVICE, Standard, addr};
+use komainu_lab::topology::{SERVICE, Standard, Topology, addr};
 use komainu_lab::traffic::http::{Tally, requests};
 use komainu_lab::traffic::server::Server;
 use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
@@ -65,7 +67,7 @@ pub struct Bed {
 
 impl Bed {
     /// Lab, servers and node files; nothing is started yet.
-    pub fn idle(machine: Machine, topology: Standard) -> Bed {
+    pub fn idle(machine: Machine, topology: impl Into<Topology>) -> Bed {
         let share = match machine {
             Machine::Shared => {
                 Share::Shared { _guard: MACHINE.read().unwrap_or_else(PoisonError::into_inner) }
@@ -75,7 +77,7 @@ impl Bed {
             }
         };
         komainu_lab::clean_up_on_signals();
-        let lab = Lab::build(&topology.topology()).unwrap();
+        let lab = Lab::build(&topology.into()).unwrap();
         let servers = standard::servers(&lab).unwrap();
         let capture = std::env::var_os(CAPTURE_VARIABLE)
             .map(|_| Capture::start(&lab, SERVICE, &lab.dir().join("service.pcap")).unwrap());
@@ -87,7 +89,11 @@ impl Bed {
     }
 
     /// The same, started, with `document` in force, an owner, and every backend up.
-    pub fn start(machine: Machine, topology: Standard, document: impl FnOnce(&Lab) -> Document) -> Bed {
+    pub fn start(
+        machine: Machine,
+        topology: impl Into<Topology>,
+        document: impl FnOnce(&Lab) -> Document,
+    ) -> Bed {
         let mut bed = Bed::idle(machine, topology);
         bed.cluster.start_all().unwrap();
         bed.cluster.wait_formed(SOON).unwrap();
@@ -150,6 +156,14 @@ impl Bed {
         let stream = UdpStream::start(self.client(), udp(0), StreamSpec::default()).unwrap();
         assert!(stream.wait_answered(300, SOON), "no answers: {:?}", stream.report());
         stream
+    }
+
+    /// Claims to a VIP on the wire while it is asked for `rounds` times more.
+    pub fn claims_in(&self, rounds: u64) -> usize {
+        let watch = self.watch.as_ref().expect("it runs until the bed is dropped");
+        let before = watch.log().claims.len();
+        assert!(watch.wait_asked(rounds, SOON), "the prober does not get to ask");
+        watch.log().claims.len() - before
     }
 
     /// What the wire has shown so far.

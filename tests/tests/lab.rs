@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
+use komainu_lab::cluster::wait_for;
 use komainu_lab::topology::{CLUSTER, SERVICE};
 use komainu_lab::traffic::http;
 use komainu_lab::traffic::pinger::Pingers;
@@ -157,14 +158,20 @@ fn servers_and_clients_count_what_they_see() {
             UdpStream::start(client, at(7), StreamSpec { flows: 3, ..StreamSpec::default() }).unwrap();
         assert!(stream.wait_answered(50, LIMIT) && pingers.wait_answered(5, LIMIT));
         server.kill();
-        std::thread::sleep(Duration::from_millis(50));
+        // The outage lasts until the stream has noticed it.
+        let before = stream.report().lost();
+        wait_for("datagrams to be lost", LIMIT, || match stream.report().lost() - before {
+            lost if lost >= 40 => Ok(()),
+            lost => Err(format!("{lost}")),
+        })
+        .unwrap();
         assert!(pingers.wait_answered(1, LIMIT));
         assert!(pingers.stop().iter().all(|c| c.backend == "be1" && c.broken.is_some()));
         server.restart().unwrap();
         assert!(stream.wait_answered(50, LIMIT));
         let report = stream.stop();
         assert_eq!(report.per_backend.keys().collect::<Vec<_>>(), ["be1"]);
-        assert!(report.lost() > 0 && report.longest_gap() >= Duration::from_millis(40), "{report:?}");
+        assert!(report.lost() >= 40 && report.longest_gap() >= Duration::from_millis(20), "{report:?}");
     }
 }
 
@@ -173,7 +180,7 @@ fn the_wire_listener_tells_who_answers_and_backends_keep_the_vip_on_lo_to_themse
     let lab = Lab::build(&Standard::default().topology()).unwrap();
     let vips = addr::service(addr::VIP);
     let watch = Watch::start(&lab, &vips, Duration::from_millis(2)).unwrap();
-    std::thread::sleep(Duration::from_millis(100));
+    assert!(watch.wait_asked(20, LIMIT));
     assert!(watch.log().claims.is_empty(), "{:?}", watch.log().claims);
 
     let (v4, v6) = (vips[0], vips[1]);

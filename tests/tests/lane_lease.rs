@@ -15,7 +15,7 @@ use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::Lane;
 use komainu_packet::lane::af_packet::AfPacketConfig;
 use komainu_packet::lease::Lease;
-use komainu_packet::plan::{Mode, Plan, Protocol};
+use komainu_packet::plan::Plan;
 use komainu_packet::time::BootTime;
 use komainu_tests::lane::{self, GROUP, LEASE, Renewer};
 use nix::sys::signal::Signal;
@@ -32,12 +32,7 @@ fn lab() -> Lab {
 }
 
 fn plan() -> Plan {
-    let vips = addr::service(addr::VIP);
-    let mut plan = lane::plan(1, &vips, &[], &[]);
-    for (vip, backend) in vips.into_iter().zip(addr::service(addr::FIRST_BACKEND)) {
-        lane::add_service(&mut plan, vip, PORT, Protocol::Udp, Mode::Dsr, &[backend]);
-    }
-    plan
+    lane::dsr_plan(PORT)
 }
 
 /// Sends a datagram to the VIP each millisecond while the returned flag is set.
@@ -183,26 +178,12 @@ fn the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease() {
     }
 }
 
-/// What the child process of the next test runs: a lane with its beat thread.
-#[test]
-#[ignore = "run by a_process_that_was_stopped_sends_nothing_when_it_goes_on"]
-fn child_with_a_lane() {
-    let lane = Arc::new(
-        komainu_packet::lane::af_packet::AfPacketLane::start(AfPacketConfig::new("eth0", None)).unwrap(),
-    );
-    lane.install(plan()).unwrap();
-    let _renewer = Renewer::start(Arc::clone(&lane));
-    lane.announce(GROUP);
-    loop {
-        std::thread::park();
-    }
-}
-
 #[test]
 fn a_process_that_was_stopped_sends_nothing_when_it_goes_on() {
     let lab = lab();
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", "child_with_a_lane", "--nocapture"]);
+    // A lane with a beat thread, for UDP services on PORT in mode dsr.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lane-child"));
+    command.arg(PORT.to_string());
     let log = lab.dir().join("child.log");
     let child = lab.host("lb1").start("lane", command, &log).unwrap();
     let server = server(&lab);
@@ -218,7 +199,8 @@ fn a_process_that_was_stopped_sends_nothing_when_it_goes_on() {
         );
     }
     child.signal(Signal::SIGSTOP);
-    // Long enough for the lease to end, and for its ring to hold frames that came before that.
+    // It is the clock that ends a lease, so only time can be waited for: a longer wait makes nothing else of it. Meanwhile
+    // frames gather in its ring, of which those from before the end are the ones that must not leave.
     std::thread::sleep(LEASE * 3);
     server.set_nonblocking(true).unwrap();
     while server.recv(&mut [0; 16]).is_ok() {}

@@ -145,6 +145,22 @@ impl Default for Standard {
     }
 }
 
+impl From<Standard> for Topology {
+    fn from(sizes: Standard) -> Topology {
+        sizes.topology()
+    }
+}
+
+impl Topology {
+    /// The host called `name`, for a change before the lab is built.
+    ///
+    /// # Panics
+    /// When there is none: a mistake in the story.
+    pub fn host_mut(&mut self, name: &str) -> &mut HostSpec {
+        self.hosts.iter_mut().find(|h| h.name == name).unwrap_or_else(|| panic!("no host \"{name}\""))
+    }
+}
+
 impl Standard {
     /// The topology: `client` and `watch` on the service segment, balancers on all of them, the witness on the cluster
     /// segment only. Backends on the service segment hold the first VIP on `lo`, so that they can serve `dsr`.
@@ -225,7 +241,8 @@ impl Standard {
     }
 }
 
-fn link(segment: &str, number: u8, [v4, v6]: [IpAddr; 2]) -> LinkSpec {
+/// Interface `eth{number}` on `segment` with both addresses.
+pub fn link(segment: &str, number: u8, [v4, v6]: [IpAddr; 2]) -> LinkSpec {
     LinkSpec {
         segment: segment.to_owned(),
         interface: format!("eth{number}"),

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,6 +22,8 @@ use crate::topology::SERVICE;
 const PROBER: &str = "watch";
 /// Claims that are kept: hours of probing.
 const MAX_CLAIMS: usize = 2_000_000;
+/// How often [`Watch::wait_asked`] looks.
+const LOOK: Duration = Duration::from_millis(2);
 /// A VIP that goes from A to B and is back at A in less time than this was held by both: a real way there and back
 /// takes two releases and two replicated assignments.
 const SHORTEST_RETURN: Duration = Duration::from_millis(60);
@@ -74,6 +76,7 @@ pub struct Overlap {
 pub struct Watch {
     log: Arc<Mutex<WireLog>>,
     stop: Arc<AtomicBool>,
+    rounds: Arc<AtomicU64>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -87,6 +90,7 @@ impl Watch {
         let mut tap = Tap::open(lab, SERVICE, Take::Neighbours)?;
         let log = Arc::new(Mutex::new(WireLog { started: Instant::now(), claims: Vec::new() }));
         let stop = Arc::new(AtomicBool::new(false));
+        let rounds = Arc::new(AtomicU64::new(0));
         let mut threads = Vec::new();
         let wanted: BTreeSet<IpAddr> = vips.iter().copied().collect();
         let (shared, stopped) = (log.clone(), stop.clone());
@@ -119,18 +123,33 @@ impl Watch {
             let socket = host
                 .run(open_sender)
                 .map_err(|e| LabError::system("open a raw socket (needs CAP_NET_RAW)", e))?;
-            let stopped = stop.clone();
+            let (stopped, asked) = (stop.clone(), rounds.clone());
             threads.push(host.spawn("prober", move || {
                 crate::traffic::hurry();
                 while !stopped.load(Ordering::Relaxed) {
                     for frame in &frames {
                         send_frame(&socket, index, frame);
                     }
+                    asked.fetch_add(1, Ordering::Relaxed);
                     std::thread::sleep(every);
                 }
             }));
         }
-        Ok(Watch { log, stop, threads })
+        Ok(Watch { log, stop, rounds, threads })
+    }
+
+    /// Waits until every VIP has been asked for `rounds` times more: only then does silence mean something. Whether that
+    /// happened within `limit`.
+    pub fn wait_asked(&self, rounds: u64, limit: Duration) -> bool {
+        let asked = || self.rounds.load(Ordering::Relaxed);
+        let (enough, deadline) = (asked() + rounds, Instant::now() + limit);
+        while asked() < enough {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
     }
 
     /// What was seen so far.

@@ -13,13 +13,13 @@ use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
 
 use super::Context;
+use super::doorway::Doorway;
 use super::service::Administration;
 use crate::cli::connect::MAX_MESSAGE_LEN;
-use crate::config::files;
 use crate::config::node::{NodeConfig, RemoteAdmin};
 
 /// Owner and group may administrate.
@@ -51,6 +51,9 @@ pub enum ServeError {
     /// Serving ended although nobody asked for it.
     #[error("the admin server ended: {0}")]
     Ended(#[from] tonic::transport::Error),
+    /// The system refused something.
+    #[error("the admin server can't go on: {0}")]
+    System(#[from] std::io::Error),
 }
 
 /// The local socket's place in the file system. Removed with the listener, also when serving is aborted: nobody is to
@@ -68,7 +71,7 @@ impl Drop for Place {
 pub struct Listeners {
     socket: UnixListener,
     place: Place,
-    remote: Option<(TcpIncoming, ServerTlsConfig)>,
+    remote: Option<Doorway>,
 }
 
 impl Listeners {
@@ -77,7 +80,10 @@ impl Listeners {
     /// # Errors
     /// The socket is another process's, its directory can't be made, the address is taken, or the certificates are unusable.
     pub async fn open(config: &NodeConfig) -> Result<Self, ServeError> {
-        let remote = config.admin.as_ref().map(open_remote).transpose()?;
+        let open = |remote: &RemoteAdmin| {
+            Doorway::open(remote).map_err(|reason| ServeError::Remote { address: remote.listen, reason })
+        };
+        let remote = config.admin.as_ref().map(open).transpose()?;
         let path = config.socket();
         let socket = open_socket(&path).await?;
         Ok(Listeners { socket, place: Place(path), remote })
@@ -95,13 +101,13 @@ impl Listeners {
 
 async fn serve(
     socket: UnixListener,
-    remote: Option<(TcpIncoming, ServerTlsConfig)>,
+    remote: Option<Doorway>,
     context: Context,
     stop: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
-    let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_service_status("", tonic_health::ServingStatus::Serving).await;
-    health.set_service_status(SERVICE_NAME, tonic_health::ServingStatus::Serving).await;
+    let (mut health, health_service) = tonic_health::server::health_reporter();
+    health.set_service_status("", ServingStatus::Serving).await;
+    health.set_service_status(SERVICE_NAME, ServingStatus::Serving).await;
     let admin = AdminServer::new(Administration::new(context, stop.clone()))
         .max_decoding_message_size(MAX_MESSAGE_LEN)
         .max_encoding_message_size(MAX_MESSAGE_LEN);
@@ -125,21 +131,31 @@ async fn serve(
     let remote = async {
         match remote {
             None => Ok(()),
-            Some((incoming, tls)) => {
+            Some(doorway) => {
                 server()
-                    .tls_config(tls)?
                     .add_routes(routes)
-                    .serve_with_incoming_shutdown(incoming, stopped(stop.clone()))
-                    .await
+                    .serve_with_incoming_shutdown(doorway.incoming()?, stopped(stop.clone()))
+                    .await?;
+                Ok(())
             }
         }
+    };
+    let local = async { Ok(local.await?) };
+    // Who watches the health service is told, and its streams end.
+    let say_goodbye = async {
+        stopped(stop.clone()).await;
+        for service in ["", SERVICE_NAME] {
+            health.set_service_status(service, ServingStatus::NotServing).await;
+            health.clear_service_status(service).await;
+        }
+        Ok(())
     };
     let give_up = async {
         stopped(stop.clone()).await;
         tokio::time::sleep(STOP_GRACE).await;
     };
     tokio::select! {
-        ended = async { tokio::try_join!(local, remote) } => ended.map(|_| ()).map_err(ServeError::Ended),
+        ended = async { tokio::try_join!(local, remote, say_goodbye) } => ended.map(|_| ()),
         () = give_up => Ok(()),
     }
 }
@@ -182,39 +198,6 @@ async fn open_socket(path: &Path) -> Result<UnixListener, ServeError> {
     bind().map_err(|error: std::io::Error| {
         wrong(format!("can't be listened on: {error}; see whether this user may write to {}", dir.display()))
     })
-}
-
-fn open_remote(remote: &RemoteAdmin) -> Result<(TcpIncoming, ServerTlsConfig), ServeError> {
-    let address = remote.listen;
-    let wrong = |reason: String| ServeError::Remote { address, reason };
-    let pem = |path: &Path, kind| {
-        files::read_pem(path, kind).map_err(|error| wrong(format!("{}: {error}", path.display())))
-    };
-    let cert = pem(&remote.cert_file, files::CERTIFICATE)?;
-    let key = pem(&remote.key_file, files::PRIVATE_KEY)?;
-    let ca = pem(&remote.client_ca_file, files::CERTIFICATE)?;
-    let tls = ServerTlsConfig::new()
-        .identity(Identity::from_pem(cert, key))
-        .client_ca_root(Certificate::from_pem(ca))
-        .client_auth_optional(false);
-    // Building the TLS configuration shows whether key and certificate belong together.
-    Server::builder().tls_config(tls.clone()).map_err(|error| {
-        wrong(format!("cert_file, key_file or client_ca_file is unusable: {}", innermost(&error)))
-    })?;
-    let incoming = TcpIncoming::bind(address)
-        .map_err(|error| {
-            wrong(format!("can't be listened on: {error}; is the address one of this machine, and free?"))
-        })?
-        .with_nodelay(Some(true));
-    Ok((incoming, tls))
-}
-
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! | file | holds |
 //! |---|---|
 //! | [`listen`] | the sockets: opened at start, so that what is wrong with them is said then |
+//! | [`doorway`] | TLS of the remote listener, and who was turned away there |
 //! | [`identity`] | who is calling |
 //! | [`service`] | the calls |
 //! | [`changes`] | what the calls that change something ask of the cluster |
@@ -15,6 +16,7 @@
 //! group's owner knows fetched through [`query`].
 
 pub mod changes;
+pub mod doorway;
 pub mod identity;
 pub mod listen;
 pub mod query;

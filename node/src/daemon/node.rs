@@ -23,7 +23,7 @@ use komainu_packet::lane::af_packet::AfPacketLane;
 use komainu_packet::time::BootTime;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::facts::{DataPathFacts, Facts};
 use super::{RunError, systemd};
@@ -41,6 +41,8 @@ pub(super) struct Node {
     data_path: Option<RunningDataPath>,
     /// Told to end the administration.
     stop_admin: watch::Sender<bool>,
+    /// The administration; ends by itself after being told, within a bounded time. Absent once it has ended.
+    admin: Option<JoinHandle<RunError>>,
     tasks: JoinSet<RunError>,
 }
 
@@ -101,7 +103,7 @@ impl Node {
         let noticing = facts.clone();
         let context =
             Context { cluster: cluster.clone(), lane, notices: Arc::new(move || noticing.notices()) };
-        tasks.spawn(async move {
+        let admin = tokio::spawn(async move {
             match listeners.serve(context, stopped).await {
                 Ok(()) => RunError::Ended("the administration"),
                 Err(error) => error.into(),
@@ -126,12 +128,25 @@ impl Node {
             // Nobody asked for it: not an end.
             std::future::pending().await
         });
-        Ok(Node { cluster, data_path, stop_admin, tasks })
+        Ok(Node { cluster, data_path, stop_admin, admin: Some(admin), tasks })
     }
 
     /// Returns when a part has ended by itself. Cancel-safe.
     pub(super) async fn ended(&mut self) -> RunError {
-        match self.tasks.join_next().await {
+        let admin = async {
+            match &mut self.admin {
+                Some(admin) => admin.await,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = tokio::select! {
+            ended = self.tasks.join_next() => ended,
+            ended = admin => {
+                self.admin = None;
+                Some(ended)
+            }
+        };
+        match ended {
             Some(Ok(error)) => error,
             // A task's panic has ended the process; nobody aborts one before `stop`.
             Some(Err(_)) | None => RunError::Ended("a task"),
@@ -149,6 +164,10 @@ impl Node {
             }
         }
         let _ = self.stop_admin.send(true);
+        // Streams end and calls under way are answered; a client that doesn't listen is left after a moment.
+        if let Some(admin) = self.admin.take() {
+            let _ = admin.await;
+        }
         self.tasks.shutdown().await;
         if let Some(d) = self.data_path.take() {
             // Joins threads.

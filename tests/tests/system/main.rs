@@ -8,4 +8,8 @@ mod cluster;
 mod config;
 mod demo;
 mod failover;
+mod grpc;
+mod mtu;
+mod remote_admin;
+mod stop;
 mod traffic;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use komainu_lab::cluster::{Document, SOON, wait_for};
 use komainu_lab::standard::{self, BACKEND_HTTP, ECHO, HTTP};
-use komainu_lab::topology::{FAR, Standard};
+use komainu_lab::topology::Standard;
 use komainu_lab::traffic::http::{download, requests};
 use komainu_lab::traffic::ping::ping;
 use komainu_lab::traffic::pinger::Pingers;
@@ -13,9 +13,9 @@ use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
 use komainu_lab::{Host, Lab};
 use komainu_tests::{Bed, Machine, PATIENCE, vip};
 
-const MODES: [&str; 3] = ["nat", "nat-transparent", "dsr"];
+pub(crate) const MODES: [&str; 3] = ["nat", "nat-transparent", "dsr"];
 /// Ports of the services of a mode. `dsr` can't change ports, so its services have those of the backends.
-const fn ports(mode: &str) -> (u16, u16) {
+pub(crate) const fn ports(mode: &str) -> (u16, u16) {
     match mode.as_bytes() {
         b"nat" => (8081, 71),
         b"dsr" => (HTTP, ECHO),
@@ -23,11 +23,11 @@ const fn ports(mode: &str) -> (u16, u16) {
     }
 }
 
-const WITH_INSIDE_AND_FAR: Standard =
+pub(crate) const WITH_INSIDE_AND_FAR: Standard =
     Standard { service_backends: 3, inside_backends: 2, far: true, balancers: 2, witness: true };
 
 /// HTTP, TCP echo and UDP echo in every mode and both families.
-fn all_modes(lab: &Lab) -> Document {
+pub(crate) fn all_modes(lab: &Lab) -> Document {
     let mut document = Document::default().group(standard::group(lab));
     for mode in MODES {
         let (http, echo) = ports(mode);
@@ -118,21 +118,6 @@ fn the_vip_answers_echo_requests() {
                     .run(|| ping(vip(family), 1, size, PATIENCE))
                     .unwrap_or_else(|e| panic!("{size} bytes from {from} to {}: {e}", vip(family)));
             }
-        }
-    }
-}
-
-#[test]
-fn a_path_with_a_smaller_mtu_is_discovered_in_every_mode() {
-    let bed = Bed::start(Machine::Shared, WITH_INSIDE_AND_FAR, all_modes);
-    // The router's cable to the client is narrow; the client does not know, so it offers full segments.
-    bed.host("router").set_mtu(FAR, 1300).unwrap();
-    for mode in MODES {
-        for family in [0, 1] {
-            let at: SocketAddr = (vip(family), ports(mode).0).into();
-            bed.host("far")
-                .run(|| download(at, 2 << 20, Duration::from_secs(30)))
-                .unwrap_or_else(|e| panic!("{mode} to {at} over the narrow path: {e}"));
         }
     }
 }

@@ -173,6 +173,17 @@ impl Cluster {
         t
     }
 
+    /// Adds lines to a node's file, read at its next start.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn configure(&self, name: &str, lines: &str) -> Result<()> {
+        let path = &self.node(name).config;
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| LabError::system(format!("read {}", path.display()), e))?;
+        write(path, &format!("{text}{lines}"))
+    }
+
     /// Where `host`'s node listens for the others.
     pub fn cluster_address(&self, host: &str) -> SocketAddr {
         (self.lab.host(host).v4(CLUSTER), CLUSTER_PORT).into()
@@ -287,6 +298,14 @@ impl Cluster {
     /// It can't be started or does not end.
     pub fn local(&self, name: &str, args: &[&str]) -> Result<CliOutput> {
         self.run_here(Some(&self.node(name).host), args)
+    }
+
+    /// Calls the CLI on any host of the lab, which must say itself which node is meant.
+    ///
+    /// # Errors
+    /// It can't be started or does not end.
+    pub fn cli_from(&self, host: &str, args: &[&str]) -> Result<CliOutput> {
+        self.run_here(Some(host), args)
     }
 
     /// The same as [`Cluster::cli`]; anything but exit status 0 is an error.

@@ -13,6 +13,8 @@ use crate::lab::Host;
 
 /// Failures kept in words; the rest is only counted.
 const MAX_FAILURES_KEPT: usize = 32;
+/// Bytes of a server's complaint that are read.
+const MAX_WORDS: u64 = 1024;
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +83,38 @@ pub fn download(target: SocketAddr, length: u64, timeout: Duration) -> io::Resul
     Ok(start.elapsed())
 }
 
+/// Uploads `length` bytes of the pattern to `target`, which checks every one ([`super::server`]). Returns how long it took.
+///
+/// # Errors
+/// As [`get`], and `InvalidData` with the server's words when what arrived is not what was sent.
+pub fn upload(target: SocketAddr, length: u64, timeout: Duration) -> io::Result<Duration> {
+    let start = Instant::now();
+    let mut stream = connect(target, timeout)?;
+    write!(
+        stream,
+        "PUT /bytes HTTP/1.1\r\nHost: lab\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut sent = 0;
+    while sent < length {
+        if start.elapsed() > timeout {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("{sent} of {length} bytes in {timeout:?}"),
+            ));
+        }
+        let chunk = pattern::at(sent, (length - sent).min(64 * 1024));
+        stream.write_all(chunk)?;
+        sent += chunk.len() as u64;
+    }
+    let (head, mut said) = read_head(&mut stream)?;
+    if head.status != 200 {
+        stream.take(MAX_WORDS).read_to_end(&mut said)?;
+        let said = String::from_utf8_lossy(&said).into_owned();
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("status {}: {said}", head.status)));
+    }
+    Ok(start.elapsed())
+}
+
 struct Head {
     status: u16,
     backend: String,
@@ -88,16 +122,27 @@ struct Head {
 }
 
 fn ask(target: SocketAddr, path: &str, timeout: Duration) -> io::Result<(TcpStream, Head, Vec<u8>)> {
-    let mut stream = TcpStream::connect_timeout(&target, timeout)?;
+    let mut stream = connect(target, timeout)?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
+    let (head, body) = read_head(&mut stream)?;
+    Ok((stream, head, body))
+}
+
+fn connect(target: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&target, timeout)?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
     stream.set_nodelay(true)?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
+    Ok(stream)
+}
+
+/// The head of an answer, and what came of the body with it.
+fn read_head(stream: &mut TcpStream) -> io::Result<(Head, Vec<u8>)> {
     let mut data = Vec::new();
     loop {
         if let Some(at) = data.windows(4).position(|w| w == b"\r\n\r\n") {
             let body = data.split_off(at + 4);
-            return Ok((stream, parse_head(&String::from_utf8_lossy(&data))?, body));
+            return Ok((parse_head(&String::from_utf8_lossy(&data))?, body));
         }
         let mut buf = [0; 4096];
         match stream.read(&mut buf)? {

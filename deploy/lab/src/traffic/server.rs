@@ -1,7 +1,8 @@
 //! A real server: HTTP, TCP echo and UDP echo, each on any number of addresses.
 //!
 //! HTTP/1.1 with keep-alive: `/` answers with the server's name, `/healthz` with 200 or 503, `/bytes/N` with N bytes of
-//! [`pattern`], `/whoami` with name, peer and local address. Every answer carries `X-Backend: name`.
+//! [`pattern`], `/whoami` with name, peer and local address; `PUT /bytes` takes [`pattern`] and answers 400 when a byte is
+//! wrong. Every answer carries `X-Backend: name`.
 //! TCP echo greets with `name\n`. UDP echo answers with the datagram, followed by the name.
 
 use std::io;
@@ -227,11 +228,43 @@ async fn serve_http(mut stream: TcpStream, shared: Arc<Shared>) -> io::Result<()
         let text = String::from_utf8_lossy(&head[..end]).into_owned();
         let close = text.to_ascii_lowercase().contains("connection: close");
         let path = text.split(' ').nth(1).unwrap_or("/").to_owned();
+        if text.starts_with("PUT ") {
+            // Whoever uploads makes a connection for it.
+            take_upload(&mut stream, &shared, &text, head.split_off(end + 4)).await?;
+            return stream.shutdown().await;
+        }
         answer_http(&mut stream, &shared, &path, close).await?;
         if close {
             return stream.shutdown().await;
         }
     }
+}
+
+async fn take_upload(stream: &mut TcpStream, shared: &Shared, head: &str, first: Vec<u8>) -> io::Result<()> {
+    shared.requests.fetch_add(1, Ordering::Relaxed);
+    let announced = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")?.parse::<u64>().ok());
+    let mut wrong = pattern::mismatch(0, &first);
+    let mut done = first.len() as u64;
+    let mut buf = vec![0; 64 * 1024];
+    while announced.is_some_and(|length| done < length) {
+        let n = stream.read(&mut buf).await?;
+        if n == 0 {
+            return Ok(());
+        }
+        wrong = wrong.or_else(|| pattern::mismatch(done, &buf[..n]));
+        done += n as u64;
+    }
+    let (status, body) = match (wrong, announced) {
+        (None, Some(length)) if length == done => ("200 OK", format!("{done} bytes\n")),
+        (Some(at), _) => ("400 Bad Request", format!("byte {at} is not the one sent\n")),
+        (None, _) => ("400 Bad Request", format!("{done} bytes, announced were {announced:?}\n")),
+    };
+    let answer = format!(
+        "HTTP/1.1 {status}\r\nX-Backend: {}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        shared.name,
+        body.len()
+    );
+    stream.write_all(answer.as_bytes()).await
 }
 
 async fn answer_http(stream: &mut TcpStream, shared: &Shared, path: &str, close: bool) -> io::Result<()> {
