@@ -1,39 +1,142 @@
 /* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
-#include "maps.h"
+/*
+ * The kernel lanes: for each frame exactly what the engine in user space (`src/engine`) would do, same bytes and same counters, or
+ * the frame goes up to it untouched. Nothing is decided here that has to be remembered.
+ *
+ *   frame ─┬─ to another MAC, by another interface, tagged ─────────────────────────────▶ pass
+ *          ├─ ARP, neighbour solicitation for an address of ours ───────── answer.h ────▶ leave, up
+ *          ├─ TCP, UDP ─┬─ to a service ───────── forward.h: request ───────────────────▶ leave, up, drop
+ *          │            ├─ to a SNAT address ──── forward.h: answer ────────────────────▶ leave, up, drop
+ *          │            └─ from a nat-transparent backend ──────────────────────────────▶ leave, up, drop
+ *          ├─ fragments, options, ICMP, broken headers, of ours ────────────────────────▶ up
+ *          └─ anything else ────────────────────────────────────────────────────────────▶ pass, drop
+ *
+ * Compiled twice, for XDP and for tc.
+ */
+#include "answer.h"
+#include "forward.h"
+
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_ARP 0x0806
+#define ETHERTYPE_IPV6 0x86dd
+
+/* IP that is no plain TCP or UDP. */
+static __attribute__((noinline)) int odd(context *ctx, const struct packet *p, u32 in, u32 v6, u32 parsed, u32 to_us)
+{
+    u32 zero = 0;
+    struct config *c = map_lookup(&config, &zero);
+    void *plan = plan_in_force();
+    if (!p || !c || !plan)
+        return VERDICT_PASS;
+    struct record *owned = find_place(plan, p->dst, 0, 0, KIND_OWNED);
+    switch (parsed) {
+    case PARSED_BROKEN:
+        return owned && to_us ? up(ctx, in, UP_MALFORMED) : VERDICT_PASS;
+    case PARSED_OTHER:
+        return owned ? drop(to_us ? DROP_PROTOCOL : DROP_LINK_BROADCAST) : VERDICT_PASS;
+    case PARSED_ICMP:
+        if (owned)
+            return up(ctx, in, UP_ICMP);
+        /* An error about what a nat-transparent backend sent or got comes to the client, from any router on the way. */
+        if (to_us && c->flags & (v6 ? CONFIG_THROUGH_V6 : CONFIG_THROUGH_V4) && is_foreign(v6, p->dst))
+            return up(ctx, in, UP_ICMP);
+        return VERDICT_PASS;
+    default:
+        if (!owned && !(to_us && find_place(plan, p->src, 0, 0, KIND_BACKEND) && is_foreign(v6, p->dst)))
+            return VERDICT_PASS;
+        return up(ctx, in, parsed == PARSED_FRAGMENT ? UP_FRAGMENT : UP_OPTIONS);
+    }
+}
+
+INLINE int handle_ip(context *ctx, int v6, const struct config *c, u32 in, u32 to_us)
+{
+    struct packet p = {};
+    enum parsed parsed = v6 ? parse_v6(ctx, &p) : parse_v4(ctx, &p);
+    if (parsed == PARSED_SHORT || (v6 && is_mapped(p.dst)))
+        return VERDICT_PASS;
+    if (v6 && parsed == PARSED_ICMP) {
+        u8 *type = (void *)(long)ctx->data + ETH_LEN + IPV6_LEN;
+        if ((void *)(type + 1) > (void *)(long)ctx->data_end)
+            return VERDICT_PASS;
+        /* Router solicitation up to redirect. */
+        if (*type >= 133 && *type <= 137)
+            return answer_nd(ctx, in, p.len);
+    }
+    if (unlikely(parsed != PARSED))
+        return odd(ctx, &p, in, v6, parsed, to_us);
+    void *plan = plan_in_force();
+    if (unlikely(!plan))
+        return VERDICT_PASS;
+    if (unlikely(!to_us))
+        return find_place(plan, p.dst, 0, 0, KIND_OWNED) ? drop(DROP_LINK_BROADCAST) : VERDICT_PASS;
+    struct record *r = find_place(plan, p.dst, p.dst_port, p.protocol, KIND_SERVICE);
+    if (r)
+        return forward_request(ctx, v6, c, in, &p, r);
+    r = find_place(plan, p.dst, 0, 0, KIND_OWNED);
+    if (r) {
+        if (r->flags & RECORD_SNAT)
+            return answer_bound(ctx, v6, c, in, &p, r->group);
+        return drop(boot_ns() < lease_until(r->group, 0) ? DROP_NO_SERVICE : DROP_NO_LEASE);
+    }
+    if (v6 && is_mapped(p.src))
+        return VERDICT_PASS;
+    r = find_place(plan, p.src, p.src_port, p.protocol, KIND_ANSWER);
+    if (r && is_foreign(v6, p.dst))
+        return answer_transparent(ctx, v6, c, in, &p, r);
+    return VERDICT_PASS;
+}
+
+INLINE int handle(context *ctx, u32 ifindex)
+{
+    u32 zero = 0, in;
+    struct config *c = map_lookup(&config, &zero);
+    if (!c)
+        return VERDICT_PASS;
+    if (ifindex == c->ports[PORT_SERVICE].ifindex)
+        in = PORT_SERVICE;
+    else if (ifindex == c->ports[PORT_INSIDE].ifindex)
+        in = PORT_INSIDE;
+    else
+        return VERDICT_PASS;
+    u8 *data = (void *)(long)ctx->data;
+    if ((void *)(data + ETH_LEN) > (void *)(long)ctx->data_end)
+        return VERDICT_PASS;
+    u64 own = READ_ONCE(c->ports[in].mac), dst = mac_at(data);
+    u32 to_us = dst == own;
+    if (!own || (!to_us && !(dst & 1)))
+        return VERDICT_PASS;
+    switch (*(u16 *)(data + 12)) {
+    case swap16(ETHERTYPE_IPV4):
+        return handle_ip(ctx, 0, c, in, to_us);
+    case swap16(ETHERTYPE_IPV6):
+        return handle_ip(ctx, 1, c, in, to_us);
+    case swap16(ETHERTYPE_ARP):
+        return answer_arp(ctx, in);
+    default:
+        return VERDICT_PASS;
+    }
+}
 
 #ifdef KOMAINU_XDP
 SEC("xdp.frags")
 int komainu(struct xdp_md *ctx)
 {
-    u32 zero = 0;
-    (void)ctx;
-    map_lookup(&generation, &zero);
-    map_lookup(&slots, &zero);
-    map_lookup(&config, &zero); map_lookup(&backends, &zero); map_lookup(&services, &zero);
-    map_lookup(&leases, &zero); map_lookup(&tally, &zero); map_lookup(&seen, &zero); map_lookup(&traffic, &zero);
-    struct flow_key a = {}; map_lookup(&flows, &a);
-    struct bound_key b = {}; map_lookup(&bound, &b);
-    struct route_key c = {}; map_lookup(&routes, &c);
-    struct neighbour_key d = {}; map_lookup(&neighbours, &d);
-    map_lookup(&host, &d);
-    return XDP_PASS;
+    return handle(ctx, ctx->ingress_ifindex);
 }
 #else
+/* Headers that are read directly: Ethernet, IPv6, neighbour discovery with its option. */
+#define HEADERS (ETH_LEN + IPV6_LEN + ND_LEN)
+
 SEC("classifier")
-int komainu(struct __sk_buff *skb)
+int komainu(struct __sk_buff *ctx)
 {
-    u32 zero = 0;
-    (void)skb;
-    map_lookup(&generation, &zero);
-    map_lookup(&slots, &zero);
-    map_lookup(&config, &zero); map_lookup(&backends, &zero); map_lookup(&services, &zero);
-    map_lookup(&leases, &zero); map_lookup(&tally, &zero); map_lookup(&seen, &zero); map_lookup(&traffic, &zero);
-    struct flow_key a = {}; map_lookup(&flows, &a);
-    struct bound_key b = {}; map_lookup(&bound, &b);
-    struct route_key c = {}; map_lookup(&routes, &c);
-    struct neighbour_key d = {}; map_lookup(&neighbours, &d);
-    map_lookup(&host, &d);
-    return -1;
+    /* A tag of another network (the host's VLAN interfaces). Tag 0 only carries a priority, but is not ours to put back: the engine
+     * has the frame without it. */
+    if (ctx->vlan_present && ctx->vlan_tci & 0x0fff)
+        return VERDICT_PASS;
+    if (unlikely((u64)ctx->data_end - ctx->data < HEADERS) && ctx->len > (u32)(ctx->data_end - ctx->data))
+        skb_pull(ctx, ctx->len < HEADERS ? ctx->len : HEADERS);
+    return handle(ctx, ctx->ingress_ifindex);
 }
 #endif
 

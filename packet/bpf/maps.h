@@ -62,6 +62,9 @@ struct config {
 
 /* Every flow of `nat` whose answers may come is in `bound`: an answer that is not found there is dropped here. */
 #define CONFIG_BOUND_COMPLETE 1u
+/* There are nat-transparent services of that family. */
+#define CONFIG_THROUGH_V4 2u
+#define CONFIG_THROUGH_V6 4u
 
 /* What a place of a plan is. */
 #define KIND_SERVICE 0 /* VIP, port, protocol */

@@ -314,6 +314,10 @@ plain! {
 
 /// Every flow of `nat` whose answers may come is in `bound`.
 pub const CONFIG_BOUND_COMPLETE: u32 = 1;
+/// There are nat-transparent services of IPv4.
+pub const CONFIG_THROUGH_V4: u32 = 2;
+/// There are nat-transparent services of IPv6.
+pub const CONFIG_THROUGH_V6: u32 = 4;
 
 /// A VIP with port and protocol.
 pub const KIND_SERVICE: u8 = 0;

@@ -173,6 +173,11 @@ impl Filler {
         for owned in &snapshot.owned {
             entries.push(owned_entry(&snapshot.tables, owned));
         }
+        let through = |v4| {
+            let services = snapshot.tables.services();
+            services.iter().any(|s| s.mode == Mode::NatTransparent && s.vip.is_ipv4() == v4)
+        };
+        self.maps.set_through(through(true), through(false));
         let written = writer.flush().and_then(|()| self.swap(entries));
         if let Err(e) = written {
             // What was written stands at places that nobody names; they are free again.

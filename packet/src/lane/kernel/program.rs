@@ -1,7 +1,10 @@
 //! The program, loaded: its maps with a name for each thing that is done to them, and its test runs.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use aya::maps::Map;
 use aya::programs::{SchedClassifier, Xdp};
@@ -17,7 +20,6 @@ use crate::engine::{Event, Port};
 use crate::lane::kernel::abi::Plain;
 use crate::neighbour::Mac;
 use crate::plan::MAX_SERVICES;
-use std::net::IpAddr;
 
 /// The object for the XDP hook, for a loader of one's own.
 pub static XDP_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/xdp.o"));
@@ -111,7 +113,7 @@ impl KernelError {
 pub struct Kernel {
     hook: Hook,
     ebpf: Ebpf,
-    maps: std::sync::Arc<Maps>,
+    maps: Arc<Maps>,
 }
 
 /// The maps of a loaded program. All calls may come from any thread; two writers of one thing must agree.
@@ -163,7 +165,7 @@ impl Kernel {
             .load(object)
             .map_err(|e| refused(words(&e)))?;
         let maps = Maps::new(&mut ebpf, sizes, cpus)?;
-        let mut kernel = Kernel { hook, ebpf, maps: std::sync::Arc::new(maps) };
+        let mut kernel = Kernel { hook, ebpf, maps: Arc::new(maps) };
         match hook {
             Hook::Xdp => kernel.xdp().map(Xdp::load),
             Hook::Tc => kernel.tc().map(SchedClassifier::load),
@@ -179,7 +181,7 @@ impl Kernel {
     }
 
     /// Its maps.
-    pub fn maps(&self) -> &std::sync::Arc<Maps> {
+    pub fn maps(&self) -> &Arc<Maps> {
         &self.maps
     }
 
@@ -292,9 +294,24 @@ impl Maps {
     /// Tells the program whether every binding of full NAT is in `bound`, so that it may drop answers to none itself
     /// (`no_binding`).
     pub fn set_bound_complete(&self, complete: bool) {
-        let mut config = self.config.read(0).unwrap_or(Config::zeroed());
-        config.flags = if complete { abi::CONFIG_BOUND_COMPLETE } else { 0 };
-        self.config.write(0, &config);
+        self.set_flags(abi::CONFIG_BOUND_COMPLETE, if complete { abi::CONFIG_BOUND_COMPLETE } else { 0 });
+    }
+
+    /// Whether answers of nat-transparent services pass through, by family: then ICMP errors to clients go up.
+    pub(super) fn set_through(&self, v4: bool, v6: bool) {
+        let flag = |on, flag| if on { flag } else { 0 };
+        let (v4, v6) = (flag(v4, abi::CONFIG_THROUGH_V4), flag(v6, abi::CONFIG_THROUGH_V6));
+        self.set_flags(abi::CONFIG_THROUGH_V4 | abi::CONFIG_THROUGH_V6, v4 | v6);
+    }
+
+    fn set_flags(&self, mask: u32, flags: u32) {
+        const AT: usize = std::mem::offset_of!(Config, flags);
+        const { assert!(AT.is_multiple_of(8), "the lower half of a word") };
+        if let Some(word) = self.config.word(0, AT) {
+            let change = |word: u64| Some(word & !u64::from(mask) | u64::from(flags));
+            // The closure never refuses.
+            let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        }
     }
 
     /// The configuration as it stands.
@@ -322,7 +339,7 @@ impl Maps {
     /// Writes the way to a backend: one word, so that no packet sees half of it.
     pub fn set_backend_hop(&self, number: u32, hop: Hop) {
         if let Some(word) = self.backends.word(number, std::mem::offset_of!(BackendCell, hop)) {
-            word.store(hop.word(), std::sync::atomic::Ordering::Release);
+            word.store(hop.word(), Ordering::Release);
         }
     }
 

@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
+/* Between clients and backends: `src/engine/{forward,nat}.rs`. */
+#ifndef KOMAINU_FORWARD_H
+#define KOMAINU_FORWARD_H
+
+#include "rewrite.h"
+#include "select.h"
+
+/* A packet of a client to a service. */
+INLINE int forward_request(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, const struct record *r)
+{
+    u64 now = boot_ns();
+    if (now >= lease_until(r->group, 0))
+        return drop(DROP_NO_LEASE);
+    if (unlikely(r->flags & RECORD_UP))
+        return up(ctx, in, UP_ROOM);
+    const int routed = r->mode != MODE_DSR;
+    if (routed && unlikely(p->ttl <= 1))
+        return up(ctx, in, UP_TTL);
+
+    struct flow *f = 0;
+    u32 number, hash = 0;
+    int consult = r->flags & RECORD_TRACKS_ALL;
+    if (!consult && p->protocol == PROTO_TCP) {
+        u32 service = r->service;
+        struct service *s = map_lookup(&services, &service);
+        if (!s)
+            return up(ctx, in, UP_ROOM);
+        u32 flags = READ_ONCE(s->flags);
+        if (flags & SERVICE_CONSULT) {
+            f = find_flow(service, p->src, p->src_port);
+            if (!f && !(flags & SERVICE_CONCLUSIVE))
+                return up(ctx, in, UP_FLOW);
+        }
+    } else if (consult) {
+        f = find_flow(r->service, p->src, p->src_port);
+        if (!f)
+            return up(ctx, in, UP_FLOW);
+    }
+    if (f) {
+        if (!is_plain(p))
+            return up(ctx, in, UP_SEGMENT);
+        if (!(f->flags & FLOW_STEADY))
+            return up(ctx, in, UP_UNSTEADY);
+        number = f->backend;
+    } else {
+        hash = r->flags & RECORD_SOURCE_IP ? hash_client(HASH_SEED, v6, p->src)
+                                           : hash_flow(HASH_SEED, v6, p->src, p->src_port, p->dst, p->dst_port, p->protocol);
+        u32 slot = find_slot(r->current, r->current_size, hash);
+        /* A datagram that is not tracked goes where the hash says now. */
+        if (unlikely(slot & SLOT_MOVED) && p->protocol == PROTO_TCP) {
+            u32 base = find_slot(r->base, r->base_size, hash);
+            if ((base ^ slot) & SLOT_NUMBER)
+                return up(ctx, in, UP_FLOW);
+        }
+        if (unlikely(!(slot & SLOT_ALIVE))) {
+            /* What becomes of older flows of a dead backend is the policy's business. */
+            if (slot & SLOT_NUMBER && p->protocol == PROTO_TCP && !is_syn(p))
+                return up(ctx, in, UP_DEAD_BACKEND);
+            return drop(DROP_NO_BACKEND);
+        }
+        number = (slot & SLOT_NUMBER) - 1;
+    }
+    struct backend *b = map_lookup(&backends, &number);
+    if (!b)
+        return up(ctx, in, UP_ROOM);
+    if (f) {
+        u8 flags = READ_ONCE(b->flags);
+        if (!(flags & BACKEND_IN_PLAN) || !(flags & BACKEND_ALIVE || r->flags & RECORD_KEEP))
+            return up(ctx, in, UP_DEAD_BACKEND);
+    }
+    u64 hop = READ_ONCE(b->hop);
+    if (unlikely(!(hop & HOP_KNOWN)))
+        return hop & HOP_NONE ? drop(DROP_NO_ROUTE) : up(ctx, in, UP_NEIGHBOUR);
+    if (!routed && unlikely(!(hop & HOP_ON_LINK)))
+        return drop(DROP_OFF_LINK);
+    u32 out = HOP_PORT(hop);
+    struct size size = size_of(ctx, p);
+    if (unlikely(size.largest > port_of(c, out)->mtu))
+        return up(ctx, in, UP_TOO_BIG);
+    struct traffic *t = own_traffic(c, number);
+    if (!t)
+        return up(ctx, in, UP_ROOM);
+
+    /* From here on it leaves. */
+    u64 own = port_of(c, out)->mac;
+    if (!routed) {
+        if (!rewrite_macs(ctx, hop, own))
+            return VERDICT_DROP;
+    } else {
+        struct end src = {}, dst = {(const u32 *)b->address, b->port};
+        if (r->mode == MODE_NAT) {
+            if (!f || !(f->flags & FLOW_BOUND))
+                return up(ctx, in, UP_FLOW);
+            src.address = (const u32 *)f->snat;
+            src.port = f->snat_port;
+        }
+        int done = p->protocol == PROTO_TCP ? rewrite_ends(ctx, v6, 1, src, dst, hop, own)
+                                            : rewrite_ends(ctx, v6, 0, src, dst, hop, own);
+        if (!done)
+            return VERDICT_DROP;
+    }
+    if (f)
+        note_seen(&f->last_seen, now);
+    else
+        count_seen(number, hash, now);
+    t->packets += size.packets;
+    t->bytes += size.bytes;
+    if (!f && is_syn(p))
+        t->new_flows++;
+    count_event(EVENT_FORWARDED);
+    return leave(c, in, out);
+}
+
+/* A packet from a backend back to its client. The lease has been looked at. */
+INLINE int forward_answer(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, u32 number, struct end src,
+                          struct end dst, u64 *last_seen, u64 now)
+{
+    if (unlikely(p->ttl <= 1))
+        return up(ctx, in, UP_TTL);
+    u64 hop = way_to(dst.address ? dst.address : p->dst);
+    if (unlikely(!(hop & HOP_KNOWN)))
+        return hop & HOP_NONE ? drop(DROP_NO_ROUTE) : up(ctx, in, UP_NEIGHBOUR);
+    u32 out = HOP_PORT(hop);
+    struct size size = size_of(ctx, p);
+    if (unlikely(size.largest > port_of(c, out)->mtu))
+        return up(ctx, in, UP_TOO_BIG);
+    struct traffic *t = own_traffic(c, number);
+    if (!t)
+        return up(ctx, in, UP_ROOM);
+
+    u64 own = port_of(c, out)->mac;
+    int done = p->protocol == PROTO_TCP ? rewrite_ends(ctx, v6, 1, src, dst, hop, own)
+                                        : rewrite_ends(ctx, v6, 0, src, dst, hop, own);
+    if (!done)
+        return VERDICT_DROP;
+    if (last_seen)
+        note_seen(last_seen, now);
+    t->return_packets += size.packets;
+    t->return_bytes += size.bytes;
+    count_event(EVENT_RETURNED);
+    return leave(c, in, out);
+}
+
+/* A packet to a SNAT address: an answer of a full-NAT backend, or nothing of ours. */
+INLINE int answer_bound(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, u32 group)
+{
+    u64 now = boot_ns();
+    if (now >= lease_until(group, 0))
+        return drop(DROP_NO_LEASE);
+    struct bound_key key = {};
+    u32 *words = (u32 *)key.backend;
+    words[0] = p->src[0], words[1] = p->src[1], words[2] = p->src[2], words[3] = p->src[3];
+    words = (u32 *)key.snat;
+    words[0] = p->dst[0], words[1] = p->dst[1], words[2] = p->dst[2], words[3] = p->dst[3];
+    key.backend_port = p->src_port;
+    key.snat_port = p->dst_port;
+    key.protocol = p->protocol;
+    struct bound *b = map_lookup(&bound, &key);
+    if (!b)
+        return c->flags & CONFIG_BOUND_COMPLETE ? drop(DROP_NO_BINDING) : up(ctx, in, UP_FLOW);
+    u32 number = b->service;
+    struct service *s = map_lookup(&services, &number);
+    if (!s)
+        return up(ctx, in, UP_ROOM);
+    if (!(READ_ONCE(s->flags) & SERVICE_IN_PLAN))
+        return drop(DROP_NO_SERVICE);
+    if (s->group != group && now >= lease_until(s->group, 0))
+        return drop(DROP_NO_LEASE);
+    if (!is_plain(p))
+        return up(ctx, in, UP_SEGMENT);
+    if (!(b->flags & FLOW_STEADY))
+        return up(ctx, in, UP_UNSTEADY);
+    struct end src = {(const u32 *)s->vip, s->port}, dst = {(const u32 *)b->client, b->client_port};
+    return forward_answer(ctx, v6, c, in, p, b->backend, src, dst, &b->last_seen, now);
+}
+
+/* A packet from a `nat-transparent` backend to a client. */
+INLINE int answer_transparent(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, const struct record *r)
+{
+    u64 now = boot_ns();
+    if (now >= lease_until(r->group, 0))
+        return drop(DROP_NO_LEASE);
+    if (unlikely(r->flags & RECORD_UP))
+        return up(ctx, in, UP_ROOM);
+    u32 number = r->service;
+    struct service *s = map_lookup(&services, &number);
+    if (!s)
+        return up(ctx, in, UP_ROOM);
+    u64 *last_seen = 0;
+    u32 flags = READ_ONCE(s->flags);
+    if (flags & SERVICE_CONSULT) {
+        struct flow *f = find_flow(number, p->dst, p->dst_port);
+        if (f) {
+            if (!is_plain(p))
+                return up(ctx, in, UP_SEGMENT);
+            if (!(f->flags & FLOW_STEADY))
+                return up(ctx, in, UP_UNSTEADY);
+            last_seen = &f->last_seen;
+        } else if (!(flags & SERVICE_CONCLUSIVE)) {
+            return up(ctx, in, UP_FLOW);
+        }
+    }
+    struct end src = {(const u32 *)r->vip, r->vip_port}, dst = {};
+    return forward_answer(ctx, v6, c, in, p, r->backend, src, dst, last_seen, now);
+}
+
+/* Whether an address is neither the host's own nor one of many: engine/core.rs. */
+INLINE int is_foreign(int v6, const u32 *address)
+{
+    u32 last = swap32(address[3]), first = swap32(address[0]);
+    if (!v6) {
+        if (last >> 28 == 0xe || last == 0xffffffff || last >> 16 == 0xa9fe || last == 0 || last >> 24 == 127)
+            return 0;
+    } else if (first >> 24 == 0xff || first >> 22 == 0xfe80 >> 6) {
+        return 0;
+    } else if (!(address[0] | address[1] | address[2]) && last <= 1) {
+        return 0;
+    }
+    struct host_key key;
+    u32 *words = (u32 *)key.address;
+    words[0] = address[0], words[1] = address[1], words[2] = address[2], words[3] = address[3];
+    return !map_lookup(&host, &key);
+}
+
+#endif

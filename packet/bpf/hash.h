@@ -1,0 +1,105 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
+/*
+ * The hashes that choose a backend, bit for bit those of `src/hash.rs`, whose known answers a test asks of these functions, too.
+ * Words enter as big-endian numbers.
+ */
+#ifndef KOMAINU_HASH_H
+#define KOMAINU_HASH_H
+
+#include "helpers.h"
+
+/* tables.rs HASH_SEED. */
+#define HASH_SEED 0x6b6d696eu
+
+#define ROTATE(x, n) (((x) << (n)) | ((x) >> (32 - (n))))
+
+struct mix {
+    u32 a, b, c;
+};
+
+INLINE struct mix mix_start(u32 words, u32 seed)
+{
+    u32 start = 0xdeadbeef + (words << 2) + seed;
+    return (struct mix){start, start, start};
+}
+
+INLINE void mix_round(struct mix *m)
+{
+    u32 a = m->a, b = m->b, c = m->c;
+    a = (a - c) ^ ROTATE(c, 4);
+    c += b;
+    b = (b - a) ^ ROTATE(a, 6);
+    a += c;
+    c = (c - b) ^ ROTATE(b, 8);
+    b += a;
+    a = (a - c) ^ ROTATE(c, 16);
+    c += b;
+    b = (b - a) ^ ROTATE(a, 19);
+    a += c;
+    c = (c - b) ^ ROTATE(b, 4);
+    b += a;
+    m->a = a, m->b = b, m->c = c;
+}
+
+INLINE u32 mix_last(const struct mix *m)
+{
+    u32 a = m->a, b = m->b, c = m->c;
+    c = (c ^ b) - ROTATE(b, 14);
+    a = (a ^ c) - ROTATE(c, 11);
+    b = (b ^ a) - ROTATE(a, 25);
+    c = (c ^ b) - ROTATE(b, 16);
+    a = (a ^ c) - ROTATE(c, 4);
+    b = (b ^ a) - ROTATE(a, 14);
+    return (c ^ b) - ROTATE(b, 24);
+}
+
+/* Addresses as four words in network order, ports in network order. */
+INLINE u32 hash_flow(u32 seed, int v6, const u32 *client, u16 client_port, const u32 *vip, u16 port, u8 protocol)
+{
+    u32 ports = (u32)swap16(client_port) << 16 | swap16(port);
+    seed ^= protocol;
+    if (!v6) {
+        struct mix m = mix_start(3, seed);
+        m.a += swap32(client[3]);
+        m.b += swap32(vip[3]);
+        m.c += ports;
+        return mix_last(&m);
+    }
+    struct mix m = mix_start(9, seed);
+    m.a += swap32(client[0]);
+    m.b += swap32(client[1]);
+    m.c += swap32(client[2]);
+    mix_round(&m);
+    m.a += swap32(client[3]);
+    m.b += swap32(vip[0]);
+    m.c += swap32(vip[1]);
+    mix_round(&m);
+    m.a += swap32(vip[2]);
+    m.b += swap32(vip[3]);
+    m.c += ports;
+    return mix_last(&m);
+}
+
+INLINE u32 hash_client(u32 seed, int v6, const u32 *client)
+{
+    if (!v6) {
+        struct mix m = mix_start(1, seed);
+        m.a += swap32(client[3]);
+        return mix_last(&m);
+    }
+    struct mix m = mix_start(4, seed);
+    m.a += swap32(client[0]);
+    m.b += swap32(client[1]);
+    m.c += swap32(client[2]);
+    mix_round(&m);
+    m.a += swap32(client[3]);
+    return mix_last(&m);
+}
+
+/* The slot of `0..size` that `hash` falls on. */
+INLINE u32 hash_scale(u32 hash, u32 size)
+{
+    return (u32)(((u64)hash * size) >> 32);
+}
+
+#endif
