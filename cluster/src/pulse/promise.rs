@@ -1,0 +1,40 @@
+//! Promises: when this node may vote or campaign, and which leaders it helps no more.
+
+use super::Pulse;
+use crate::rules::Rule;
+use crate::time::Instant;
+
+impl Pulse {
+    /// Whether this node may vote or campaign at `now`: no leader that it helped to a lease can still have it.
+    pub fn may_promise(&self, now: Instant) -> bool {
+        let promised = self.timing.election_min;
+        let started = self.sole || now >= self.started_at.after(promised) || Rule::StartWait.is_broken();
+        let heard =
+            self.heard_leader_at.is_none_or(|at| now >= at.after(promised)) || Rule::Promise.is_broken();
+        let own = now >= self.own_lease_end && self.leading.as_ref().is_none_or(|l| now >= l.lease_end);
+        started && heard && own
+    }
+
+    /// The earliest instant at which [`Pulse::may_promise`] can hold.
+    pub fn promise_free_at(&self) -> Instant {
+        let promised = self.timing.election_min;
+        let no_wait = self.sole || Rule::StartWait.is_broken();
+        let started = if no_wait { Instant::default() } else { self.started_at.after(promised) };
+        let heard = self.heard_leader_at.map_or(Instant::default(), |at| at.after(promised));
+        started.max(heard).max(self.own_lease_end).max(self.lease_end())
+    }
+
+    /// Promises to help no leader below `term`: from now on its beats are neither accepted nor acknowledged. Called when
+    /// a vote for `term` is given, or the term is reached otherwise, under the same lock as the check before it.
+    pub fn promise(&mut self, term: u64) {
+        if self.leading.as_ref().is_some_and(|l| l.term < term) {
+            self.step_down();
+        }
+        if term > self.floor {
+            self.floor = term;
+            for p in self.peers.values_mut() {
+                p.echo = None;
+            }
+        }
+    }
+}
