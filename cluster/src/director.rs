@@ -144,6 +144,11 @@ impl Director {
             if owned_here && !self.candidates(state, pulse, now).is_empty() {
                 return None;
             }
+            // The new owners first get to their feet: while leadership changes nothing is assigned or begun.
+            let settled = self.quiet_since.is_some_and(|at| now.since(at) >= pulse.timing().grace);
+            if !settled && !all_answered(state, pulse, me, now) {
+                return None;
+            }
             let balancers_first = |n: &NodeId| state.member(*n).is_some_and(|m| m.node.role == Role::Witness);
             let mut others: Vec<NodeId> =
                 state.members.iter().map(|m| m.node.id).filter(|n| can(*n)).collect();
@@ -155,7 +160,7 @@ impl Director {
             && self.transferred_at.is_none_or(|at| now.since(at) >= TRANSFER_PAUSE);
         let target = sole_owner.filter(|n| calm && can(*n))?;
         let steady = pulse.peer(target).is_some_and(|p| p.steady >= CALM && p.health.fit());
-        steady.then_some(target)
+        (steady && all_answered(state, pulse, me, now)).then_some(target)
     }
 
     /// Leadership is being handed over.
@@ -288,6 +293,16 @@ impl Director {
         }
         out
     }
+}
+
+/// Whether every group that another living node owns is answered for.
+fn all_answered(state: &State, pulse: &Pulse, me: NodeId, now: Instant) -> bool {
+    let living = |n: &NodeId| *n != me && pulse.peer(*n).is_some_and(|p| p.alive);
+    state
+        .groups
+        .iter()
+        .filter(|g| g.owner.as_ref().is_some_and(living))
+        .all(|g| pulse.lease_left(g.id, now).is_some())
 }
 
 fn loads(state: &State) -> BTreeMap<NodeId, usize> {

@@ -19,11 +19,13 @@ pub enum Rule {
     InstalledFirst,
     /// Votes leave only when they are on disk.
     PersistFirst,
+    /// The voters change once a lease at most.
+    OneStepALease,
 }
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 8] = [
+    pub const ALL: [Rule; 9] = [
         Rule::QuorumLease,
         Rule::Promise,
         Rule::StartWait,
@@ -32,6 +34,7 @@ impl Rule {
         Rule::RetireFirst,
         Rule::InstalledFirst,
         Rule::PersistFirst,
+        Rule::OneStepALease,
     ];
 
     /// Whether a simulation on this thread has broken the rule. Never outside of one.

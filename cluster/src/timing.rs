@@ -124,6 +124,13 @@ impl Timing {
         Ok(())
     }
 
+    /// The longest lease that no promise given for the same beat ends before, whatever the clocks' drift. What a leader that
+    /// hands over grants its successor; `lease` is shorter only so that its end is soon.
+    pub fn longest_lease(&self) -> Duration {
+        // A microsecond for rounding.
+        self.on_another_clock(self.election_min).saturating_sub(Duration::from_micros(1))
+    }
+
     /// The part of `left` (a duration on one node's clock) that another node may count on its own clock from the same
     /// moment on, so that it ends first whatever the two clocks' drift: `left · (1−ρ)/(1+ρ)`.
     pub fn on_another_clock(&self, left: Duration) -> Duration {
@@ -184,6 +191,8 @@ mod tests {
                 let lease_at_most = t.lease.as_secs_f64() / (1.0 - rho);
                 let promise_at_least = t.election_min.as_secs_f64() / (1.0 + rho);
                 prop_assert!(lease_at_most < promise_at_least);
+                prop_assert!(t.longest_lease() >= t.lease);
+                prop_assert!(t.longest_lease().as_secs_f64() / (1.0 - rho) < promise_at_least);
             }
         }
 

@@ -55,6 +55,8 @@ pub enum Via {
     Datagram,
     /// gRPC: entries and snapshots. When it can't be delivered, call [`super::Core::handle_unreachable`].
     Stream,
+    /// By both ways: short entries and their acknowledgements. The datagram is usually there first; the stream makes sure.
+    Both,
 }
 
 /// Names one request made to this core.

@@ -44,10 +44,10 @@ impl Core {
         if role == self.seen {
             return;
         }
-        let (before, term_before) = std::mem::replace(&mut self.seen, role);
+        let (before, _) = std::mem::replace(&mut self.seen, role);
         if before == StateRole::Leader {
             self.lock().step_down();
-            self.stop_leading(term_before);
+            self.stop_leading();
         }
         if self.raft.raft.leader_id != raft::INVALID_ID {
             self.election.settled(self.now.at);
@@ -79,7 +79,7 @@ impl Core {
         }
     }
 
-    fn stop_leading(&mut self, _term: u64) {
+    fn stop_leading(&mut self) {
         self.transfer = None;
         for ticket in self.members.abandon() {
             self.out.push_back(Output::Done { ticket, result: Err(Failure::Lost) });
@@ -145,6 +145,9 @@ impl Core {
             panic!("a snapshot of the cluster's state can't be read, so this node can't go on: {e}")
         });
         let meta = snapshot.get_metadata();
+        if self.conf.voters != meta.get_conf_state().voters {
+            self.reconfigured_at = self.now.at;
+        }
         self.conf = meta.get_conf_state().clone();
         assert!(data.state.index <= meta.index, "the snapshot's state is newer than the snapshot");
         let mut state = data.state;
@@ -220,7 +223,12 @@ impl Core {
             panic!("log entry {} can't be read, so this node can't go on: {e}", entry.index)
         });
         match self.raft.apply_conf_change(&change) {
-            Ok(conf) => self.conf = conf,
+            Ok(conf) => {
+                if conf.voters != self.conf.voters {
+                    self.reconfigured_at = self.now.at;
+                }
+                self.conf = conf;
+            }
             // Every node gets the same answer, so nothing is applied anywhere.
             Err(e) => {
                 tracing::warn!("configuration change at log entry {} was not possible: {e}", entry.index)

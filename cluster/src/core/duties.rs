@@ -1,11 +1,13 @@
 //! What a leader decides, and what it is asked.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use komainu_proto::domain::{BackendId, GroupId, Health, NodeId, Role};
+use raft::eraftpb::{Message, MessageType};
 
-use super::{Core, Failure, MAX_REQUESTS, Now, Output, Request, Ticket, UnderWay};
+use super::{Core, Failure, HandedOver, MAX_REQUESTS, Now, Output, Request, Ticket, UnderWay};
 use crate::api::{NodeIdentity, Observation};
 use crate::pulse::{Ownership, Pulse};
 use crate::raft::RaftId;
@@ -204,34 +206,16 @@ impl Core {
         self.propose_own(Change::Health { verdicts });
     }
 
-    /// Hands leadership over when that is due: grants stop, and once nobody but the successor can hold one, `raft` is
-    /// told. From then on this leader grants nothing more in its term.
+    /// Hands leadership over when that is due: first nobody but the successor is granted anything any more, and once no
+    /// other grant can be in force, the successor is told.
     fn transfer_duty(&mut self) {
         let now = self.now.at;
-        let me = self.me.node();
-        let Some((target, since)) = self.transfer else {
-            if self.state.index < self.term_start || self.raft.raft.has_pending_conf() {
-                return;
-            }
-            let target = self.director.successor(&self.state, &self.lock(), me, self.led_since, now);
-            if let Some(target) = target {
-                self.director.note_transfer(now);
-                self.transfer = Some((target, now));
-                let mut pulse = super::lock(&self.pulse);
-                for g in self.state.groups.iter().filter(|g| g.owner == Some(me)) {
-                    // Only when nobody else can take it and this node goes anyway.
-                    pulse.revoke(Ownership { group: g.id, epoch: g.epoch }, now);
-                }
-                pulse.hold_grants(Some(target));
-                drop(pulse);
-                self.transfer_duty();
-            }
-            return;
-        };
-        let mut pulse = super::lock(&self.pulse);
-        if pulse.is_retired() {
+        let Some((target, since)) = self.transfer else { return self.begin_transfer() };
+        if self.handed_over.is_some_and(|h| h.term == self.raft.raft.term) {
             return;
         }
+        let pulse = Arc::clone(&self.pulse);
+        let mut pulse = super::lock(&pulse);
         let lasts = self.config.timing.lease * 2;
         if now.since(since) > lasts {
             // Nothing was said to the successor yet, so this leader may simply go on.
@@ -244,9 +228,51 @@ impl Core {
         let level = self.raft.raft.prs().get(id).is_some_and(|p| p.matched == last);
         if level && pulse.retire(target, now) {
             drop(pulse);
-            self.retired_in = Some(self.raft.raft.term);
+            self.handed_over = Some(HandedOver { to: id, term: self.raft.raft.term, at: now });
             self.raft.transfer_leader(id);
         }
+    }
+
+    fn begin_transfer(&mut self) {
+        let now = self.now.at;
+        let me = self.me.node();
+        if self.state.index < self.term_start
+            || self.raft.raft.has_pending_conf()
+            || self.reconfigured_lately()
+        {
+            return;
+        }
+        let pulse = Arc::clone(&self.pulse);
+        let mut pulse = super::lock(&pulse);
+        let Some(target) = self.director.successor(&self.state, &pulse, me, self.led_since, now) else {
+            return;
+        };
+        self.director.note_transfer(now);
+        self.transfer = Some((target, now));
+        for g in self.state.groups.iter().filter(|g| g.owner == Some(me)) {
+            // Only when nobody else can take it and this node goes anyway.
+            pulse.revoke(Ownership { group: g.id, epoch: g.epoch }, now);
+        }
+        pulse.hold_grants(Some(target));
+        drop(pulse);
+        self.transfer_duty();
+    }
+
+    /// Each beat after leadership was handed over: says it again, for a datagram may be lost. A successor that hasn't taken
+    /// over by the time in which a dead leader would be replaced won't; then this node leads no more, and an election
+    /// follows.
+    pub(super) fn repeat_hand_over(&mut self) {
+        let now = self.now.at;
+        let Some(h) = self.handed_over.filter(|h| h.term == self.raft.raft.term && self.is_leader()) else {
+            return;
+        };
+        let gone = self.lock().peer(RaftId(h.to).node()).is_none_or(|p| !p.alive);
+        if gone || now.since(h.at) >= self.config.timing.election_max {
+            return self.raft.raft.become_follower(h.term, raft::INVALID_ID);
+        }
+        let mut message = Message { to: h.to, from: self.me.0, term: h.term, ..Message::default() };
+        message.set_msg_type(MessageType::MsgTimeoutNow);
+        self.send(vec![message]);
     }
 }
 

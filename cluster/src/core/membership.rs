@@ -80,7 +80,10 @@ impl Membership {
 impl Core {
     /// As a leader: the next step, if one is due.
     pub(super) fn members_duty(&mut self) {
-        if self.raft.raft.has_pending_conf() || self.state.index < self.term_start {
+        if self.raft.raft.has_pending_conf()
+            || self.state.index < self.term_start
+            || self.reconfigured_lately()
+        {
             return;
         }
         let present: Vec<PeerView> = self.lock().peers().filter(|p| p.alive).collect();

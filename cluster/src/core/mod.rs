@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use komainu_proto::domain::{BackendId, GroupId, Health, NodeId};
+use prost_raft::Message as _;
 use raft::eraftpb::{ConfState, HardState, Message, MessageType};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
@@ -53,8 +54,13 @@ const MAX_REQUESTS: usize = 1024;
 const MAX_MESSAGE_BYTES: u64 = 1 << 20;
 /// Messages with entries that may be on their way to one follower.
 const MAX_IN_FLIGHT: usize = 64;
+/// Bytes of a message that goes as a datagram, before sealing: fits one packet on every usual path.
+const MAX_DATAGRAM_LEN: usize = crate::pulse::BEAT_MAX_BYTES;
 /// How long a follower may take to take a snapshot in before it is sent again. The biggest state is some 100 MB.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A node that resigns no longer waits for others that have been silent for so long. On a busy machine a beat may be late
+/// by far more than a leader would wait.
+const GONE: Duration = Duration::from_secs(1);
 /// Context by which `raft` marks votes asked for in a leadership transfer.
 const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
 
@@ -117,10 +123,23 @@ pub struct Core {
     transfer: Option<(NodeId, Instant)>,
     /// The log's last entry at start: what was begun up to here may have begun long ago.
     restored_through: u64,
-    /// The newest term in which this node led and has given up its lease.
-    retired_in: Option<u64>,
+    /// The last time that leadership was handed over from here.
+    handed_over: Option<HandedOver>,
+    /// When the voters changed last.
+    reconfigured_at: Instant,
+    /// As a candidate: the votes asked for, and when to ask again.
+    asked: Vec<Message>,
+    ask_again_at: Instant,
     now: Now,
     out: VecDeque<Output>,
+}
+
+/// `MsgTimeoutNow` was sent.
+#[derive(Clone, Copy, Debug)]
+struct HandedOver {
+    to: u64,
+    term: u64,
+    at: Instant,
 }
 
 /// A request whose entry is in the log at a known index.
@@ -185,7 +204,10 @@ impl Core {
             snapshots_since: BTreeMap::new(),
             transfer: None,
             restored_through,
-            retired_in: None,
+            handed_over: None,
+            reconfigured_at: now.at,
+            asked: Vec::new(),
+            ask_again_at: now.at,
             now,
             out: VecDeque::new(),
             config,
@@ -285,16 +307,30 @@ impl Core {
     pub fn has_resigned(&self) -> bool {
         let pulse = self.lock();
         let others = pulse.peers().any(|p| {
-            p.alive
+            p.since_beat < GONE
                 && p.health.fit()
                 && !p.resigning
                 && p.identity.role == komainu_proto::domain::Role::Balancer
         });
         let owns = self.state.groups.iter().any(|g| g.owner == Some(self.me.node()));
-        let voters_left =
-            pulse.peers().any(|p| p.alive && !p.resigning && self.conf.voters.contains(&p.raft_id.0));
-        let holds = pulse.holds_anything(self.now.at);
+        let voters_left = pulse
+            .peers()
+            .any(|p| p.since_beat < GONE && !p.resigning && self.conf.voters.contains(&p.raft_id.0));
+        let holds = pulse.holds_anything(self.now.at) || pulse.yields(self.now.at);
         (!owns && !holds || !others) && (!self.is_leader() || !voters_left)
+    }
+
+    /// Whether the voters changed so lately that a lease may rest on acknowledgements counted before. Two changes in that
+    /// time, and a quorum of today need not have a node in common with the one that such a lease rests on.
+    fn reconfigured_lately(&self) -> bool {
+        self.now.at.since(self.reconfigured_at) < self.config.timing.election_min
+            && !Rule::OneStepALease.is_broken()
+    }
+
+    /// The other members and their addresses.
+    pub fn others(&self) -> Vec<(NodeId, SocketAddr)> {
+        let ids = self.state.members.iter().map(|m| m.node.id).filter(|id| *id != self.me.node());
+        ids.filter_map(|id| Some((id, self.address_of(id)?))).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Pulse> {
@@ -409,6 +445,7 @@ impl Core {
             self.lead_on();
         } else {
             self.maybe_campaign();
+            self.ask_again();
         }
         self.look_at_timers();
         self.settle();
@@ -424,7 +461,9 @@ impl Core {
         let next = if self.is_leader() {
             self.next_tick
         } else {
-            self.campaign_at(pulse).unwrap_or(self.now.at.after(self.config.timing.election_max))
+            let campaign =
+                self.campaign_at(pulse).unwrap_or(self.now.at.after(self.config.timing.election_max));
+            if self.asked.is_empty() { campaign } else { campaign.min(self.ask_again_at) }
         };
         self.timers_due.map_or(next, |due| next.min(due))
     }
@@ -516,6 +555,17 @@ impl Core {
         pulse.promise(self.raft.raft.term);
     }
 
+    /// A vote asked for, or its answer, may be lost: asks again each beat, as long as this node is a candidate in that term.
+    fn ask_again(&mut self) {
+        let raft = &self.raft.raft;
+        if raft.state != StateRole::Candidate || self.asked.first().is_some_and(|m| m.term != raft.term) {
+            self.asked.clear();
+        }
+        if !self.asked.is_empty() && self.now.at >= self.ask_again_at {
+            self.send(self.asked.clone());
+        }
+    }
+
     /// `raft` counts who answered its heartbeats, and steps down without a quorum; a follower whose Raft thread waits
     /// for a slow disk doesn't answer them. Whoever acknowledges beats is there, so the lease alone decides.
     fn note_activity(&mut self) {
@@ -561,6 +611,7 @@ impl Core {
             // One tick however late it is: a stall must not look like lost heartbeats.
             self.raft.tick();
             self.next_tick = now.after(self.config.timing.beat);
+            self.repeat_hand_over();
         }
         let quorum_at = {
             let end = self.lock().lease_end();
@@ -568,7 +619,7 @@ impl Core {
             Instant(end.0.saturating_sub(lease)).max(self.led_since)
         };
         if self.is_leader() && now.since(quorum_at) >= self.config.timing.election_max {
-            // Nobody follows any more, or leadership was handed over to somebody who did not take it.
+            // Nobody follows any more.
             let term = self.raft.raft.term;
             self.raft.raft.become_follower(term, raft::INVALID_ID);
         }
@@ -584,24 +635,40 @@ impl Core {
     }
 
     fn send(&mut self, messages: Vec<Message>) {
+        let asked: Vec<Message> =
+            messages.iter().filter(|m| m.get_msg_type() == MessageType::MsgRequestVote).cloned().collect();
+        if !asked.is_empty() {
+            self.asked = asked;
+            self.ask_again_at = self.now.at.after(self.config.timing.beat);
+        }
         for message in messages {
             let to = RaftId(message.to).node();
             let kind = message.get_msg_type();
             if kind == MessageType::MsgTimeoutNow {
                 assert!(
-                    self.retired_in == Some(message.term) || Rule::RetireFirst.is_broken(),
+                    self.handed_over.is_some_and(|h| (h.term, h.to) == (message.term, message.to)),
                     "leadership is handed over only after the lease has been given up"
                 );
             }
-            let via = match kind {
-                MessageType::MsgAppend | MessageType::MsgAppendResponse | MessageType::MsgSnapshot => {
-                    Via::Stream
-                }
-                _ => Via::Datagram,
-            };
+            let via = self.way_of(&message);
             if let Some(address) = self.address_of(to) {
                 self.out.push_back(Output::Send { to, address, via, message });
             }
+        }
+    }
+
+    /// How a message travels. A stream waits for its connection, and after a loss for TCP to notice: what is short and
+    /// waited for goes as a datagram, too.
+    fn way_of(&self, message: &Message) -> Via {
+        match message.get_msg_type() {
+            MessageType::MsgSnapshot => Via::Stream,
+            MessageType::MsgAppendResponse => Via::Both,
+            MessageType::MsgAppend => {
+                // To a follower that lacks what comes before, it would only be an occasion to say so.
+                let next = self.raft.raft.prs().get(message.to).is_some_and(|p| p.matched >= message.index);
+                if next && message.encoded_len() <= MAX_DATAGRAM_LEN { Via::Both } else { Via::Stream }
+            }
+            _ => Via::Datagram,
         }
     }
 }

@@ -145,6 +145,11 @@ impl Holdings {
         self.lane.values().any(|l| l.answer_until > now || l.forward_until > now)
     }
 
+    /// Whether it would forward for a group that it has given up, if it were in contact.
+    pub(super) fn yields(&self, now: Instant) -> bool {
+        self.yielded.values().any(|(_, limit)| *limit > now)
+    }
+
     /// Brings the lane up to date. Leases come before announcements.
     pub(super) fn refresh(&mut self, now: Instant, out: &mut VecDeque<Output>) {
         let groups: Vec<GroupId> = self.assignments.keys().chain(self.lane.keys()).copied().collect();
@@ -194,6 +199,12 @@ impl Holdings {
             && (assigned.epoch > before.epoch || self.has_released(Ownership { group, epoch: before.epoch }))
         {
             self.yielded.insert(group, (before.epoch, now.after(self.grace)));
+        }
+        if let Some((epoch, limit)) = self.yielded.get_mut(&group)
+            && (assigned.node, assigned.epoch) == (Some(self.me), *epoch)
+        {
+            // Nobody has it yet: the grace time is for what comes after the new owner's announcement.
+            *limit = now.after(self.grace);
         }
         match self.yielded.get(&group) {
             Some(&(epoch, limit)) if limit > now => LeaseUpdate {
@@ -353,13 +364,28 @@ mod tests {
         let mut h = answering();
         h.release(own(1));
         assert_eq!(refresh(&mut h, at(20)), [lease(1, 0, 80)]);
+        assign(&mut h, OTHER, 2, 6);
         h.contact(at(500));
         assert_eq!(refresh(&mut h, at(30)), [lease(1, 0, 500)]);
         h.contact(at(5000));
         assert_eq!(refresh(&mut h, at(480)), [lease(1, 0, 1020)]);
         h.contact(at(6000));
         assert_eq!(refresh(&mut h, at(1021)), []);
-        assert!(!h.holds_anything(at(1021)));
+        assert!(!h.holds_anything(at(1021)) && !h.yields(at(1021)));
+    }
+
+    /// A slow disk held the new assignment up for longer than the grace time, and datagrams were lost.
+    #[test]
+    fn grace_begins_when_somebody_else_has_the_group() {
+        let mut h = answering();
+        h.release(own(1));
+        h.contact(at(9000));
+        assert_eq!(refresh(&mut h, at(20)), [lease(1, 0, 1020)]);
+        assert_eq!(refresh(&mut h, at(1500)), [lease(1, 0, 2500)]);
+        assign(&mut h, OTHER, 2, 6);
+        assert_eq!(refresh(&mut h, at(2000)), []);
+        assert_eq!(refresh(&mut h, at(2501)), []);
+        assert!(!h.holds_anything(at(2501)));
     }
 
     #[test]

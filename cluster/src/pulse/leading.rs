@@ -24,9 +24,9 @@ pub(super) struct Leading {
     pub(super) lease_end: Instant,
     /// The first entry of this term is applied: the ownership known here is the newest there is.
     pub(super) open: bool,
-    /// `MsgTimeoutNow` may be under way: no lease and no grant any more in this term, however long.
-    pub(super) retired: bool,
-    /// While leadership is being handed over: the only node that is still granted anything.
+    /// `MsgTimeoutNow` may be under way to this node: in this term, however long it lasts, nobody else is granted anything.
+    pub(super) retired: Option<NodeId>,
+    /// While leadership is about to be handed over: the only node that is still granted anything.
     pub(super) only_to: Option<NodeId>,
     granted: BTreeMap<GroupId, Granted>,
     /// Not granted any more: to be released.
@@ -54,7 +54,7 @@ impl Leading {
             followed: BTreeMap::new(),
             lease_end: Instant::default(),
             open: false,
-            retired: false,
+            retired: None,
             only_to: None,
             granted: BTreeMap::new(),
             revoked: BTreeSet::new(),
@@ -89,9 +89,6 @@ impl Leading {
     /// Extends the lease as far as the acknowledgements allow: sending time of the newest beat that a quorum has
     /// acknowledged, plus the lease.
     pub(super) fn renew(&mut self, me: RaftId, lease: Duration, now: Instant) {
-        if self.retired {
-            return;
-        }
         let quorum = self.voters.len() / 2 + 1;
         let others_needed = quorum - usize::from(self.voters.contains(&me));
         let base = if others_needed == 0 || Rule::QuorumLease.is_broken() {
@@ -110,7 +107,12 @@ impl Leading {
 
     /// Whether it may grant anything at `now`.
     pub(super) fn may_grant(&self, now: Instant) -> bool {
-        self.open && !self.retired && self.lease_end > now
+        self.open && self.lease_end > now
+    }
+
+    /// Whether `node` is among those that may be granted anything.
+    pub(super) fn grants_to(&self, node: NodeId) -> bool {
+        self.retired.or(self.only_to).is_none_or(|only| only == node)
     }
 
     pub(super) fn note_grant(&mut self, group: GroupId, grant: Granted) {
@@ -192,11 +194,11 @@ mod tests {
     }
 
     #[test]
-    fn a_retired_leader_never_renews() {
+    fn a_retired_leader_grants_to_its_successor_only() {
         let mut l = Leading::new(1, at(100), vec![id(1)]);
-        l.retired = true;
-        l.renew(id(1), L, at(200));
-        assert_eq!(l.lease_end, at(0));
+        l.retired = Some(NodeId(2));
+        l.only_to = None;
+        assert!(l.grants_to(NodeId(2)) && !l.grants_to(NodeId(3)) && !l.grants_to(NodeId(1)));
     }
 
     #[test]

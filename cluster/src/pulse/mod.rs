@@ -16,9 +16,10 @@
 //!   └─────────────────────────────────┘                                      └───────────┬──────────────────┘
 //!                                                                    retire: for good in │ this term
 //!                                                                                        ▼
-//!                                                                              ┌───────────────────┐
-//!                                                                              │ retired: no lease │
-//!                                                                              └───────────────────┘
+//!                                                                     ┌───────────────────────────────────┐
+//!                                                                     │ retired: only the successor is    │
+//!                                                                     │ granted anything                  │
+//!                                                                     └───────────────────────────────────┘
 //! ```
 
 mod beat;
@@ -309,6 +310,11 @@ impl Pulse {
         self.holdings.holds_anything(now)
     }
 
+    /// Whether the grace time of a group that this node has given up goes on.
+    pub fn yields(&self, now: Instant) -> bool {
+        self.holdings.yields(now)
+    }
+
     /// Whether this node is shutting down.
     pub fn is_resigning(&self) -> bool {
         self.resigning
@@ -421,14 +427,16 @@ impl Pulse {
     fn renew(&mut self) {
         let now = self.now;
         if let Some(l) = &mut self.leading {
-            l.renew(self.me, self.timing.lease, now);
+            let retired = l.retired.is_some();
+            let lease = if retired { self.timing.longest_lease() } else { self.timing.lease };
+            l.renew(self.me, lease, now);
             if l.may_grant(now) {
                 let (end, me) = (l.lease_end, self.identity.id);
                 let own: Vec<Ownership> = self
                     .holdings
                     .assignments()
                     .iter()
-                    .filter(|(_, a)| a.node == Some(me))
+                    .filter(|(_, a)| a.node == Some(me) && l.grants_to(me))
                     .map(|(&group, a)| Ownership { group, epoch: a.epoch })
                     .filter(|o| !l.revoked.contains(o))
                     .collect();

@@ -37,7 +37,7 @@ impl Pulse {
         self.next_beat_at
     }
 
-    fn compose(&mut self, to: NodeId) -> Output {
+    pub(super) fn compose(&mut self, to: NodeId) -> Output {
         let now = self.now;
         let silent_after = self.silent_after();
         let held: Vec<_> = self.holdings.held(now).collect();
@@ -56,7 +56,7 @@ impl Pulse {
             sent: now,
             answer,
             term: self.floor,
-            leading: self.leading.as_ref().is_some_and(|l| !l.retired),
+            leading: self.leading.is_some(),
             leader: if self.leading.is_some() { Some(self.me) } else { self.leader.map(|l| l.0) },
             echo: peer.echo,
             identity: self.identity.clone(),
@@ -99,14 +99,16 @@ impl Pulse {
         let peer = &self.peers[&to];
         let deaf_after = self.timing.beat * DEAF_BEATS;
         let deaf = peer.heard.as_ref().is_none_or(|h| !l.is_followed_by(h.beat.from, now, deaf_after));
-        if !l.may_grant(now) || !peer.alive(now, silent_after) || deaf || l.only_to.is_some_and(|n| n != to) {
+        if !l.may_grant(now) || !peer.alive(now, silent_after) || deaf {
             return (None, Vec::new(), releases);
         }
         let end = if Rule::GrantWithinLease.is_broken() { now.after(self.timing.lease) } else { l.lease_end };
         let Some(contact) = peer.limit(end, |left| self.timing.on_another_clock(left)) else {
             return (None, Vec::new(), releases);
         };
-        let grants: Vec<Ownership> = owned.into_iter().take(MAX_OWNERSHIPS).collect();
+        // Contact alone lets a node go on forwarding what still reaches it; it answers for nothing by that.
+        let most = if l.grants_to(to) { MAX_OWNERSHIPS } else { 0 };
+        let grants: Vec<Ownership> = owned.into_iter().take(most).collect();
         for o in &grants {
             let granted =
                 Granted { node: to, epoch: o.epoch, instance: contact.instance, until: l.lease_end };

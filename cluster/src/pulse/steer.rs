@@ -51,27 +51,29 @@ impl Pulse {
         }
     }
 
-    /// Before `MsgTimeoutNow`: gives up granting for the rest of this term. Refused while this node answers for a group,
-    /// or any grant to a node other than `target` may be in force.
+    /// Before `MsgTimeoutNow`: from now on, and for the rest of this term, nobody but `target` is granted anything. Refused
+    /// while this node answers for a group, or any grant to a node other than `target` may be in force.
     ///
-    /// The message may be delivered at any later time, and lets `target` win the next term without regard to promises:
-    /// so this node must never grant anything in this term again, whether the transfer succeeds or not.
+    /// The message may be delivered at any later time, and lets `target` win the next term without regard to promises.
+    /// That can only ever meet grants of `target`'s own: this node must grant nobody else anything in this term, whether
+    /// the transfer succeeds or not. `target` itself goes on being granted what it owns, so that handing leadership over,
+    /// however long it takes, leaves no moment without an owner.
     pub(crate) fn retire(&mut self, target: NodeId, now: Instant) -> bool {
         self.advance(now);
         let answers = self.holdings.held(self.now).next().is_some() || !self.lane_in_force();
-        match &mut self.leading {
-            Some(_) if Rule::RetireFirst.is_broken() => true,
-            Some(l) if !answers && l.last_grant_end(target) <= self.now => {
-                l.retired = true;
-                true
-            }
-            _ => false,
+        let Some(l) = &mut self.leading else { return false };
+        if Rule::RetireFirst.is_broken() {
+            return true;
         }
-    }
-
-    /// Whether this node has retired in the term it leads in.
-    pub(crate) fn is_retired(&self) -> bool {
-        self.leading.as_ref().is_some_and(|l| l.retired)
+        if answers || l.last_grant_end(target) > self.now {
+            return false;
+        }
+        l.retired = Some(target);
+        // The successor campaigns as soon as it is told, and then takes no grant any more until it has won: the one that it
+        // has by then should be new.
+        self.renew();
+        self.beat_now();
+        true
     }
 
     /// Stops granting a group: its owner is told to release it, or gives it up at once when it is this node.

@@ -15,9 +15,11 @@ use crate::state::MAX_MEMBERS;
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often a connection is tried for life, and how long that may take: a dead peer's connection must not swallow what
-/// is sent to the process that took its place.
+/// How often a connection is tried for life: a dead peer's connection must not swallow what is sent for ever.
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
+/// How long a sign of life may take. On a busy machine one that was up to a second late was taken for death, and with the
+/// connection went what was on its way.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Longest question or answer: a command with a whole document, and what goes around it.
 pub(super) const MAX_ASK_LEN: usize = crate::state::MAX_COMMAND_LEN + (1 << 20);
 /// Connections kept: one a member, and as many again for nodes that come and go.
@@ -90,7 +92,7 @@ pub(super) async fn connect(address: SocketAddr) -> Result<Connection, String> {
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
     let channel = endpoint.connect().await.map_err(|e| {
         let cause = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);

@@ -131,13 +131,13 @@ impl Driver {
     fn carry_out(&mut self) {
         while let Some(output) = self.core.poll_output() {
             match output {
-                Output::Send { to, address, via: Via::Datagram, message } => {
-                    let sealed = self.sealer.seal(Kind::Vote, &context(to), &message.encode_to_vec());
-                    // Lost like any datagram; its sender repeats it or goes on without.
-                    let _ = self.socket.send_to(&sealed, address);
-                }
-                Output::Send { to, address, via: Via::Stream, message } => {
-                    if !self.streams.send(to, address, message) {
+                Output::Send { to, address, via, message } => {
+                    if matches!(via, Via::Datagram | Via::Both) {
+                        let sealed = self.sealer.seal(Kind::Vote, &context(to), &message.encode_to_vec());
+                        // Lost like any datagram; its sender repeats it or goes on without.
+                        let _ = self.socket.send_to(&sealed, address);
+                    }
+                    if matches!(via, Via::Stream | Via::Both) && !self.streams.send(to, address, message) {
                         self.core.handle_unreachable(to, clock::now());
                     }
                 }
@@ -151,7 +151,7 @@ impl Driver {
                         let _ = answer.send(result);
                     }
                 }
-                Output::State => {}
+                Output::State => self.streams.keep(&self.core.others()),
             }
         }
     }

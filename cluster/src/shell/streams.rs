@@ -1,4 +1,4 @@
-//! Raft messages to peers over gRPC: one stream a peer, kept open, each message in pieces.
+//! Raft messages to peers over gRPC: one stream a member, opened ahead and kept open, each message in pieces.
 //!
 //! Nothing is sent twice and nothing is kept: when a stream breaks, what was on its way is lost, the Raft thread is told,
 //! and Raft finds out by itself from where to go on.
@@ -17,7 +17,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::client::{connect, describe};
+use super::client::{Connection, connect, describe};
 use super::driver::Event;
 use crate::seal::{Key, Kind, Sealer};
 
@@ -32,6 +32,8 @@ const STALL: Duration = Duration::from_secs(5);
 /// How long to wait before a peer that could not be reached is tried again: a fraction of what an operator notices, and
 /// not a busy loop.
 const BACKOFF: Duration = Duration::from_millis(100);
+/// The same at most, while there is nothing to send.
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
 /// The outgoing streams of a node.
 pub(super) struct Streams {
@@ -46,8 +48,21 @@ impl Streams {
         Streams { runtime, key, events, queues: HashMap::new() }
     }
 
+    /// Connects to these nodes ahead of the first message, and drops what leads to others: a change of leader must not wait
+    /// for a connection.
+    pub(super) fn keep(&mut self, nodes: &[(NodeId, SocketAddr)]) {
+        self.queues.retain(|node, _| nodes.iter().any(|(id, _)| id == node));
+        for &(to, address) in nodes {
+            self.queue(to, address);
+        }
+    }
+
     /// Hands a message over for sending. False when the peer's queue is full.
     pub(super) fn send(&mut self, to: NodeId, address: SocketAddr, message: Message) -> bool {
+        self.queue(to, address).try_send(message).is_ok()
+    }
+
+    fn queue(&mut self, to: NodeId, address: SocketAddr) -> &mpsc::Sender<Message> {
         if self.queues.get(&to).is_some_and(|(at, queue)| *at != address || queue.is_closed()) {
             self.queues.remove(&to);
         }
@@ -57,7 +72,7 @@ impl Streams {
             self.runtime.spawn(stream.run());
             (address, queue)
         });
-        queue.try_send(message).is_ok()
+        queue
     }
 }
 
@@ -73,34 +88,54 @@ struct Stream {
 impl Stream {
     async fn run(mut self) {
         let mut said = false;
-        while let Some(first) = self.messages.recv().await {
-            match self.serve(first).await {
-                Ok(()) => return,
-                Err(reason) => {
-                    let who = describe(self.to, self.address);
-                    if std::mem::replace(&mut said, true) {
-                        tracing::debug!("messages to {who}: {reason}");
-                    } else {
-                        tracing::info!("messages to {who}: {reason}");
+        let mut first: Option<Message> = None;
+        let mut pause = BACKOFF;
+        loop {
+            let mut lost = first.is_some();
+            let reason = match connect(self.address).await {
+                Ok(connection) => {
+                    pause = BACKOFF;
+                    lost = true;
+                    match self.serve(connection, first.take()).await {
+                        Ok(()) => return,
+                        Err(reason) => reason,
                     }
                 }
-            }
+                Err(reason) => reason,
+            };
             // What waits is older than what Raft will want to send when it has looked again.
-            while self.messages.try_recv().is_ok() {}
-            let _ = self.events.try_send(Event::Unreachable(self.to));
+            while self.messages.try_recv().is_ok() {
+                lost = true;
+            }
+            let who = describe(self.to, self.address);
+            if lost && !std::mem::replace(&mut said, true) {
+                tracing::info!("messages to {who}: {reason}");
+            } else {
+                tracing::debug!("messages to {who}: {reason}");
+            }
+            if lost {
+                let _ = self.events.try_send(Event::Unreachable(self.to));
+            }
             tokio::time::sleep(BACKOFF).await;
+            // Nothing to send: a node that is away for long need not be asked for all the time.
+            let waiting = tokio::time::timeout(pause.saturating_sub(BACKOFF), self.messages.recv()).await;
+            first = match waiting {
+                Ok(Some(message)) => Some(message),
+                Ok(None) => return,
+                Err(_) => None,
+            };
+            pause = (pause * 2).min(MAX_BACKOFF);
         }
     }
 
     /// Sends messages over one stream until it breaks, or until there will be no more.
-    async fn serve(&mut self, first: Message) -> Result<(), String> {
-        let connection = connect(self.address).await?;
+    async fn serve(&mut self, connection: Connection, first: Option<Message>) -> Result<(), String> {
         // A sealer for this stream alone: its counter numbers the pieces.
         let sealer = Sealer::new(&self.key).map_err(|e| e.to_string())?;
         let (pieces, body) = mpsc::channel(MAX_PIECES);
         let mut client = connection.client;
         let mut call = tokio::spawn(async move { client.messages(ReceiverStream::new(body)).await });
-        let mut next = Some(first);
+        let mut next = first;
         loop {
             let message = match next.take() {
                 Some(message) => message,

@@ -556,7 +556,10 @@ impl World {
                 self.datagram(node, to.0, Arrival::Raft(Box::new(message)));
                 Ok(())
             }
-            Output::Send { to, via: Via::Stream, message, .. } => {
+            Output::Send { to, via: via @ (Via::Stream | Via::Both), message, .. } => {
+                if via == Via::Both {
+                    self.datagram(node, to.0, Arrival::Raft(Box::new(message.clone())));
+                }
                 self.stream(node, to.0, message);
                 Ok(())
             }

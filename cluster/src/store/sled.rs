@@ -33,6 +33,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -45,6 +46,10 @@ use crate::raft::{Persist, RaftId, Restored};
 
 /// sled's page cache in bytes. Nothing is read after start, so it only has to hold what is being written.
 const CACHE_BYTES: u64 = 16 << 20;
+/// How long a lock that nobody may hold any more is waited for, and how often it is tried.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// See [`LOCK_PATIENCE`].
+const LOCK_RETRY: Duration = Duration::from_millis(5);
 /// Stores set aside that a directory may hold before a node refuses to start on it: a disk that eats one store after
 /// the other needs a person.
 const MAX_SET_ASIDE: usize = 16;
@@ -197,7 +202,7 @@ fn open_unguarded(data_dir: &Path, dir: &Path) -> Result<Parts, StoreError> {
     fs::create_dir_all(dir).map_err(io("making the store"))?;
     let log_dir = dir.join("log");
     let config = sled::Config::new().path(&log_dir).cache_capacity(CACHE_BYTES).flush_every_ms(None);
-    let db = config.open().map_err(|e| match e {
+    let db = open_unlocked(&config).map_err(|e| match e {
         sled::Error::Io(e)
             if matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData) =>
         {
@@ -234,6 +239,24 @@ fn open_unguarded(data_dir: &Path, dir: &Path) -> Result<Parts, StoreError> {
     };
     parts.read().map_err(damaged)?;
     Ok(parts)
+}
+
+/// Opens the log, waiting for sled's own lock: whoever still holds it has given up ours, so it is about to end. sled's
+/// background threads keep the file open for a moment after the last handle is gone, and so does a child between fork and
+/// exec.
+fn open_unlocked(config: &sled::Config) -> sled::Result<sled::Db> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match config.open() {
+            // sled has no kind for it.
+            Err(sled::Error::Io(e))
+                if e.to_string().contains("could not acquire lock") && Instant::now() < deadline =>
+            {
+                std::thread::sleep(LOCK_RETRY);
+            }
+            result => return result,
+        }
+    }
 }
 
 impl Parts {
