@@ -81,6 +81,7 @@ impl Core {
 
     fn stop_leading(&mut self) {
         self.transfer = None;
+        self.trial = None;
         for ticket in self.members.abandon() {
             self.out.push_back(Output::Done { ticket, result: Err(Failure::Lost) });
         }

@@ -1,6 +1,6 @@
 //! What a leader decides, and what it is asked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,9 +12,27 @@ use crate::api::{NodeIdentity, Observation};
 use crate::pulse::{Ownership, Pulse};
 use crate::raft::RaftId;
 use crate::state::{Change, Command, MAX_MEMBERS, MAX_VERDICTS, Outcome, State, Verdict};
+use crate::time::Instant;
 
 /// How long to wait before a verdict that was proposed and hasn't shown up is proposed again.
 const REPEAT: Duration = Duration::from_millis(500);
+
+/// How long a leader that goes looks for a moment in which the disks are quick enough for a change of leader without a gap.
+/// Less than an orderly stop takes at most.
+const TRIALS: Duration = Duration::from_secs(3);
+/// How long to wait after a slow write before the next trial.
+const TRIAL_PAUSE: Duration = Duration::from_millis(100);
+
+/// An entry by which a leader finds out how quickly the voters write.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Trial {
+    /// When the first one was made.
+    since: Instant,
+    /// When this one was made.
+    at: Instant,
+    entry: Option<u64>,
+    took: Option<Duration>,
+}
 
 impl Core {
     /// Asks the leader for something; its end comes as [`Output::Done`] with the ticket given back here, possibly at once.
@@ -243,12 +261,20 @@ impl Core {
             return;
         }
         let pulse = Arc::clone(&self.pulse);
-        let mut pulse = super::lock(&pulse);
-        let Some(target) = self.director.successor(&self.state, &pulse, me, self.led_since, now) else {
+        let held = super::lock(&pulse);
+        let Some(target) = self.director.successor(&self.state, &held, me, self.led_since, now) else {
+            self.trial = None;
             return;
         };
+        let (goes, living) =
+            (held.is_resigning(), held.peers().filter(|p| p.alive).map(|p| p.raft_id.0).collect());
+        drop(held);
+        if !self.writes_are_quick(goes, living) {
+            return;
+        }
         self.director.note_transfer(now);
         self.transfer = Some((target, now));
+        let mut pulse = super::lock(&pulse);
         for g in self.state.groups.iter().filter(|g| g.owner == Some(me)) {
             // Only when nobody else can take it and this node goes anyway.
             pulse.revoke(Ownership { group: g.id, epoch: g.epoch }, now);
@@ -256,6 +282,37 @@ impl Core {
         pulse.hold_grants(Some(target));
         drop(pulse);
         self.transfer_duty();
+    }
+
+    /// Whether a change of leader can be expected to end while the grants given before it last: it takes three writes, one
+    /// after the other. Finds out by an entry that says nothing. A leader that goes anyway doesn't wait for ever.
+    fn writes_are_quick(&mut self, goes: bool, living: BTreeSet<u64>) -> bool {
+        let now = self.now.at;
+        let mut trial = self.trial.unwrap_or(Trial { since: now, at: now, entry: None, took: None });
+        if goes && now.since(trial.since) >= TRIALS {
+            return true;
+        }
+        let mut again = trial.entry.is_none();
+        if let Some(entry) = trial.entry {
+            let raft = &self.raft.raft;
+            let there = |id: &u64| raft.prs().get(*id).is_some_and(|p| p.matched >= entry);
+            let mut voters = self.conf.voters.iter().filter(|id| **id == self.me.0 || living.contains(id));
+            if trial.took.is_none() && voters.all(there) && raft.raft_log.committed >= entry {
+                trial.took = Some(now.since(trial.at));
+            }
+            if trial.took.is_some_and(|took| took <= self.config.timing.lease / 4)
+                && now.since(trial.at) < TRIAL_PAUSE
+            {
+                return true;
+            }
+            // A good answer is soon too old, and after a bad one the disk is given a moment.
+            again = trial.took.is_some() && now.since(trial.at) >= TRIAL_PAUSE;
+        }
+        if again && self.raft.propose(Vec::new(), Vec::new()).is_ok() {
+            trial = Trial { at: now, entry: Some(self.raft.raft.raft_log.last_index()), took: None, ..trial };
+        }
+        self.trial = Some(trial);
+        false
     }
 
     /// Each beat after leadership was handed over: says it again, for a datagram may be lost. A successor that hasn't taken

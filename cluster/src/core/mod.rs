@@ -125,6 +125,10 @@ pub struct Core {
     restored_through: u64,
     /// The last time that leadership was handed over from here.
     handed_over: Option<HandedOver>,
+    /// The newest term in which this node was told to take over, and when first.
+    told_to_lead: Option<(u64, Instant)>,
+    /// Before leadership is handed over: how quick the disks are.
+    trial: Option<duties::Trial>,
     /// When the voters changed last.
     reconfigured_at: Instant,
     /// As a candidate: the votes asked for, and when to ask again.
@@ -205,6 +209,8 @@ impl Core {
             transfer: None,
             restored_through,
             handed_over: None,
+            told_to_lead: None,
+            trial: None,
             reconfigured_at: now.at,
             asked: Vec::new(),
             ask_again_at: now.at,
@@ -510,12 +516,28 @@ impl Core {
         if !transfer && !message.reject && !pulse.may_promise(self.now.at) {
             return;
         }
+        if transfer && !self.is_supplied(&message, &pulse) {
+            return;
+        }
         let term_before = self.raft.raft.term;
         let _ = self.raft.step(message);
         pulse.promise(self.raft.raft.term);
         if self.raft.raft.state == StateRole::Candidate && self.raft.raft.term > term_before {
             self.election.voting(self.now.at);
         }
+    }
+
+    /// Whether what this node holds lasts for the campaign that it is told to begin: as a candidate it takes no grant any
+    /// more. Its leader goes on granting and telling it, so a moment later it may; but it must not let that one wait for
+    /// ever.
+    fn is_supplied(&mut self, told: &Message, pulse: &Pulse) -> bool {
+        let (now, timing) = (self.now.at, &self.config.timing);
+        let (_, since) = *self.told_to_lead.insert(match self.told_to_lead {
+            Some((term, since)) if term == told.term => (term, since),
+            _ => (told.term, now),
+        });
+        let enough = timing.longest_lease().saturating_sub(timing.beat * 2);
+        now.since(since) >= timing.beat * 4 || pulse.shortest_held(now).is_none_or(|left| left >= enough)
     }
 
     fn step(&mut self, message: Message) {

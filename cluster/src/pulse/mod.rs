@@ -305,6 +305,11 @@ impl Pulse {
         self.peers.get(&node)?.left(group, assigned.epoch, now)
     }
 
+    /// What is left of the lease that ends first, of those that this node holds.
+    pub fn shortest_held(&self, now: Instant) -> Option<Duration> {
+        self.holdings.held(now).map(|(_, left)| left).min()
+    }
+
     /// Whether the lane may answer or forward for any group at `now`.
     pub fn holds_anything(&self, now: Instant) -> bool {
         self.holdings.holds_anything(now)

@@ -4,7 +4,7 @@
 use komainu_proto::domain::{GroupId, NodeId, Role};
 
 use super::machine::{Machine, Time};
-use super::world::{MS, World};
+use super::world::{MS, Weather, World};
 use crate::api::NodeIdentity;
 use crate::core::Request;
 use crate::timing::Timing;
@@ -213,6 +213,101 @@ fn stopping_the_owner_hands_everything_over_first() {
             );
         }
     }
+}
+
+/// Stops a node in order; the longest time in which what clients sent to its group was not forwarded.
+fn unserved_while_stopping(w: &mut World, stopped: u64) -> Time {
+    w.process(stopped).unwrap().pulse.lock().unwrap().set_resigning(true);
+    let (mut longest, mut since) = (0, None::<Time>);
+    let (mut ended, mut end) = (false, w.t + 8_000 * MS);
+    while w.t < end {
+        w.run_for(MS / 10).unwrap();
+        if !ended && w.process(stopped).unwrap().core.has_resigned() {
+            w.kill(stopped);
+            w.machine(stopped).lane.clear();
+            (ended, end) = (true, w.t + 1_000 * MS);
+        }
+        match (w.is_served(G), since) {
+            (false, None) => since = Some(w.t),
+            (false, Some(at)) => longest = longest.max(w.t - at),
+            (true, _) => since = None,
+        }
+    }
+    assert!(ended, "it did not end:\n{}", w.transcript.join("\n"));
+    longest
+}
+
+/// `MsgTimeoutNow`, a vote or its answer was lost, and with it a third of a second of datagrams.
+#[test]
+fn a_datagram_lost_in_a_hand_over_costs_no_client_anything() {
+    use raft::eraftpb::MessageType::{
+        MsgAppend, MsgAppendResponse, MsgRequestVote, MsgRequestVoteResponse, MsgTimeoutNow,
+    };
+    let kinds = [MsgTimeoutNow, MsgRequestVote, MsgRequestVoteResponse, MsgAppend, MsgAppendResponse];
+    for (kind, seed) in kinds.into_iter().flat_map(|k| (0..4).map(move |s| (k, s))) {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        let owner = w.owner(G).unwrap();
+        assert!(w.run_until(w.t + 5_000 * MS, |w| w.leader() == Some(owner)).unwrap());
+        w.run_for(seed * 7 * MS).unwrap();
+        w.lose = vec![kind];
+        let unserved = unserved_while_stopping(&mut w, owner);
+        assert!(w.lose.is_empty(), "{kind:?} was not sent");
+        assert_eq!(unserved, 0, "{kind:?}, seed {seed}:\n{}", w.transcript.join("\n"));
+    }
+}
+
+/// A machine with a slow disk and a busy processor: whatever takes longer, the old owner goes on forwarding.
+#[test]
+fn stopping_the_owner_on_a_busy_machine_loses_no_datagram() {
+    for seed in 0..30 {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        let owner = w.owner(G).unwrap();
+        w.weather = Weather {
+            delay: 4 * MS,
+            fsync: 15 * MS,
+            loss_ppm: 10_000,
+            late_ppm: 50_000,
+            late: 12 * MS,
+            ..Weather::FAIR
+        };
+        w.run_for(2_300 * MS + seed * 31 * MS).unwrap();
+        let unserved = unserved_while_stopping(&mut w, owner);
+        assert!(unserved == 0, "seed {seed}: {} ms\n{}", unserved / MS, w.transcript.join("\n"));
+    }
+}
+
+/// The same for an operator's switchover; with an fsync that takes longer than the grace time.
+#[test]
+fn a_switchover_waits_for_a_slow_disk_without_loss() {
+    for seed in 0..10 {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        let (owner, leader) = (w.owner(G).unwrap(), w.leader().unwrap());
+        w.weather = Weather { fsync: 1_500 * MS, ..Weather::FAIR };
+        w.switchover(leader, "g0", None).unwrap();
+        for _ in 0..60_000 {
+            w.run_for(MS / 10).unwrap();
+            assert!(w.is_served(G), "seed {seed}:\n{}", w.transcript.join("\n"));
+        }
+        assert!(w.owner(G).is_some_and(|n| n != owner), "seed {seed}");
+    }
+}
+
+/// N1: a lease outlived two changes of the voters, after which another majority need not know of it.
+#[test]
+fn voters_change_once_a_lease_at_most() {
+    let mut w = World::new(3, &[Role::Balancer; 5], Timing::default());
+    (1..=5).try_for_each(|id| w.start(id)).unwrap();
+    let mut changes: Vec<(usize, Time)> = Vec::new();
+    while w.t < 6_000 * MS {
+        w.run_for(MS / 5).unwrap();
+        let voters = w.leader().and_then(|l| w.process(l)).map_or(0, |p| p.core.voters().count());
+        if changes.last().is_none_or(|(n, _)| *n != voters) {
+            changes.push((voters, w.t));
+        }
+    }
+    let grown: Vec<_> = changes.into_iter().filter(|(n, _)| *n > 1).collect();
+    assert_eq!(grown.iter().map(|(n, _)| *n).collect::<Vec<_>>(), [2, 3, 4, 5]);
+    assert!(grown.windows(2).all(|w| w[1].1 - w[0].1 >= 119 * MS), "{grown:?}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::SocketAddr;
 
 use komainu_proto::domain::{Document, Group, GroupId, NodeId, Role};
-use raft::eraftpb::Message;
+use raft::eraftpb::{Message, MessageType};
 
 use super::Random;
 use super::check::Checker;
@@ -90,6 +90,10 @@ pub struct World {
     pub weather: Weather,
     /// Directed pairs that nothing gets through between.
     pub cut: BTreeSet<(u64, u64)>,
+    /// Kinds of Raft datagrams of which the next one is lost.
+    pub lose: Vec<MessageType>,
+    /// Who announced each group last: clients send there.
+    pub announced: BTreeMap<GroupId, u64>,
     /// The invariants.
     pub checker: Checker,
     /// What happened, for people.
@@ -124,6 +128,8 @@ impl World {
             machines,
             weather: Weather::FAIR,
             cut: BTreeSet::new(),
+            lose: Vec::new(),
+            announced: BTreeMap::new(),
             checker: Checker::default(),
             transcript: Vec::new(),
             told_from: 0,
@@ -231,6 +237,14 @@ impl World {
     /// Who answers for a group now.
     pub fn owner(&self, group: GroupId) -> Option<u64> {
         self.machines.iter().find(|(_, m)| m.answers(group, self.t).is_some()).map(|(id, _)| *id)
+    }
+
+    /// Whether what clients send to a group's addresses now is forwarded.
+    pub fn is_served(&self, group: GroupId) -> bool {
+        self.announced.get(&group).is_some_and(|node| {
+            let m = &self.machines[node];
+            m.lane.get(&group).is_some_and(|l| l.forward_until > m.clock(self.t))
+        })
     }
 
     /// Who leads by its own lights.
@@ -531,6 +545,7 @@ impl World {
                     ));
                 }
                 self.say(node, || format!("announces group {}", group.0));
+                self.announced.insert(group, node);
                 Ok(())
             }
             pulse::Output::Send { to, beat, .. } => {
@@ -622,6 +637,13 @@ impl World {
 
     fn datagram(&mut self, from: u64, to: u64, arrival: Arrival) {
         let w = self.weather;
+        if let Arrival::Raft(message) = &arrival
+            && let Some(at) = self.lose.iter().position(|kind| *kind == message.get_msg_type())
+        {
+            self.say(from, || format!("sends {:?} to n{to}, which is lost", message.get_msg_type()));
+            self.lose.remove(at);
+            return;
+        }
         if !self.machines.contains_key(&to) || self.cut.contains(&(from, to)) || self.random.ppm(w.loss_ppm) {
             return;
         }
