@@ -4,11 +4,9 @@
 //! Two limits, because an orderly hand-over ends them at different times: the new owner answers ARP/ND from the moment
 //! that the old one has stopped to, while the old one goes on forwarding what still reaches it for a grace time.
 
-use std::io;
-use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::mapping::Mapping;
 use crate::plan::MAX_GROUPS;
 use crate::time::BootTime;
 
@@ -45,7 +43,7 @@ pub struct LeaseBoard {
 pub const CELL_WORDS: usize = 8;
 
 /// A cell, as the kernel's programs read it too.
-type Cell = [AtomicU64; CELL_WORDS];
+pub type Cell = [AtomicU64; CELL_WORDS];
 
 /// Places in a cell: number of the group plus 1 (0: nobody's), epoch, and the two limits in ns of `CLOCK_BOOTTIME`.
 const GROUP: usize = 0;
@@ -53,10 +51,16 @@ const EPOCH: usize = 1;
 const ANSWER_UNTIL: usize = 2;
 const FORWARD_UNTIL: usize = 3;
 
+/// Cells that somebody else reads too.
+pub trait SharedCells: std::fmt::Debug + Send + Sync {
+    /// The cell at `index`, below [`MAX_GROUPS`].
+    fn cell(&self, index: usize) -> &Cell;
+}
+
 #[derive(Debug)]
 enum Cells {
     Own(Box<[Line]>),
-    Mapped(Mapping),
+    Shared(Arc<dyn SharedCells>),
 }
 
 #[derive(Debug, Default)]
@@ -75,13 +79,9 @@ impl LeaseBoard {
         Self::default()
     }
 
-    /// A board in the memory of a BPF array of [`MAX_GROUPS`] values of [`CELL_WORDS`] words: what is written is in force in
-    /// the kernel at once, without a system call.
-    ///
-    /// # Errors
-    /// The map can't be mapped.
-    pub fn mapped(map: BorrowedFd<'_>) -> io::Result<Self> {
-        Ok(LeaseBoard { cells: Cells::Mapped(Mapping::new(map, MAX_GROUPS * CELL_WORDS)?) })
+    /// A board in memory that the kernel's program reads: what is written is in force there at once, without a system call.
+    pub fn shared(cells: Arc<dyn SharedCells>) -> Self {
+        LeaseBoard { cells: Cells::Shared(cells) }
     }
 
     /// Writes the lease of `group`. One writer at a time (the beat thread).
@@ -122,33 +122,14 @@ impl LeaseBoard {
         let index = group as usize % MAX_GROUPS;
         match &self.cells {
             Cells::Own(lines) => &lines[index].0,
-            Cells::Mapped(mapping) => &mapping.words().as_chunks().0[index],
+            Cells::Shared(cells) => cells.cell(index),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
-
-    #[test]
-    fn a_board_in_shared_memory_is_read_by_who_shares_it() {
-        // What a BPF array is to its program: memory that is mapped elsewhere too.
-        let name = c"komainu-lease-test";
-        let memory = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
-        nix::unistd::ftruncate(&memory, (MAX_GROUPS * CELL_WORDS * 8) as i64).unwrap();
-        let board = LeaseBoard::mapped(memory.as_fd()).unwrap();
-        let other = Mapping::new(memory.as_fd(), MAX_GROUPS * CELL_WORDS).unwrap();
-        let lease = Lease { epoch: 4, answer_until: BootTime(10), forward_until: BootTime(20) };
-        board.set(259, lease);
-        assert_eq!(board.get(259), lease);
-        assert_eq!(board.get(3), Lease::default());
-        let words: Vec<u64> =
-            other.words()[3 * CELL_WORDS..][..4].iter().map(|w| w.load(Ordering::SeqCst)).collect();
-        assert_eq!(words, [260, 4, 10, 20]);
-    }
 
     #[test]
     fn a_group_without_a_lease_may_nothing() {

@@ -13,7 +13,6 @@ pub mod hash;
 pub mod lane;
 pub mod lease;
 pub mod maglev;
-pub mod mapping;
 pub mod neighbour;
 pub mod netlink;
 pub mod plan;

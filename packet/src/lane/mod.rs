@@ -1,7 +1,8 @@
 //! A lane: an implementation of the data path.
 //!
-//! `af_packet` (user space) is the reference. `xdp` and `tc` (in the kernel) will implement the same trait with the same
-//! behaviour, so nothing outside this module may depend on which lane runs.
+//! `af_packet` (user space) is the reference. `xdp` and `tc` ([`kernel`]) implement the same trait with the same behaviour: a
+//! program in the kernel handles most frames, and hands up the others to the same engine. So nothing outside this module may
+//! depend on which lane runs.
 
 pub mod af_packet;
 pub mod kernel;
@@ -10,6 +11,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::af_packet::{AfPacketConfig, AfPacketLane, Finding};
+use self::kernel::{Hook, KernelLane};
 use crate::lease::Lease;
 use crate::plan::{Plan, Protocol};
 
@@ -221,3 +224,24 @@ pub struct LinkInfo {
 
 /// A lane shared between the threads of a node.
 pub type SharedLane = Arc<dyn Lane>;
+
+/// Is this machine fit for a lane? What stands against it, what may, and what was found; worst first.
+pub fn check(kind: LaneKind, config: &AfPacketConfig) -> Vec<Finding> {
+    match kind {
+        LaneKind::AfPacket => AfPacketLane::check(config),
+        LaneKind::Xdp => KernelLane::check(Hook::Xdp, config),
+        LaneKind::Tc => KernelLane::check(Hook::Tc, config),
+    }
+}
+
+/// Starts a lane in the network namespace of the calling thread.
+///
+/// # Errors
+/// The first thing found that stands against it, or what the system refused.
+pub fn start(kind: LaneKind, config: AfPacketConfig) -> Result<SharedLane, LaneError> {
+    Ok(match kind {
+        LaneKind::AfPacket => Arc::new(AfPacketLane::start(config)?),
+        LaneKind::Xdp => Arc::new(KernelLane::start(Hook::Xdp, config)?),
+        LaneKind::Tc => Arc::new(KernelLane::start(Hook::Tc, config)?),
+    })
+}

@@ -10,6 +10,7 @@
 //! Only the main routing table is looked at: policy rules, VRFs and source routing are not followed.
 
 mod table;
+pub(crate) mod traffic_control;
 mod wire;
 
 use std::io;
@@ -27,7 +28,7 @@ use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 
-pub use table::{Hop, Link, Neighbour, Neighbours, Route, Routes, Snapshot, Via};
+pub use table::{Hop, Link, Neighbour, Neighbours, Route, Routes, Snapshot, Via, XdpState};
 
 use wire::{Change, Requests};
 

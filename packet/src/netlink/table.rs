@@ -23,6 +23,20 @@ pub struct Link {
     pub mtu: u32,
     /// Largest super-frame that GRO makes, in bytes; 0 where the kernel doesn't say.
     pub gro_max_len: u32,
+    /// Whether an XDP program is attached, whoever's it is.
+    pub xdp: XdpState,
+}
+
+/// Where an XDP program is attached to an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum XdpState {
+    /// Nowhere.
+    #[default]
+    None,
+    /// Behind the driver.
+    Generic,
+    /// In the driver, or in the hardware.
+    Native,
 }
 
 impl Link {
@@ -128,6 +142,25 @@ impl Routes {
             .iter()
             .find_map(|(len, networks)| networks.get(&network_bits(to, *len)))
             .map(|(_, via)| *via)
+    }
+
+    /// The routes that are looked up: of each network the preferred one, with its prefix length.
+    pub fn iter(&self) -> impl Iterator<Item = (IpAddr, u8, Via)> + '_ {
+        let v4 = self.v4.by_len.iter().flat_map(|(len, networks)| {
+            let left = 32 - u32::from(*len);
+            networks.iter().map(move |(bits, (_, via))| {
+                let address = if left == 32 { 0 } else { (*bits as u32) << left };
+                (IpAddr::V4(address.into()), *len, *via)
+            })
+        });
+        let v6 = self.v6.by_len.iter().flat_map(|(len, networks)| {
+            let left = 128 - u32::from(*len);
+            networks.iter().map(move |(bits, (_, via))| {
+                let address = if left == 128 { 0 } else { *bits << left };
+                (IpAddr::V6(address.into()), *len, *via)
+            })
+        });
+        v4.chain(v6)
     }
 
     /// Gateways of the default routes that leave through an interface, the preferred one first.

@@ -9,7 +9,9 @@ use netlink_packet_core::{
     NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage, State};
+use netlink_packet_route::link::{
+    LinkAttribute, LinkFlags, LinkLayerType, LinkMessage, LinkXdp, State, XdpAttached,
+};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
@@ -24,7 +26,7 @@ use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::time::TimeVal;
 
-use super::table::{Link, Neighbour, Route, Via};
+use super::table::{Link, Neighbour, Route, Via, XdpState};
 
 /// Bytes of a receive buffer: the kernel fills at most 32 KiB of a dump into one datagram (`netlink(7)`).
 const RECEIVE_LEN: usize = 64 * 1024;
@@ -192,6 +194,15 @@ impl Requests {
         self.receive(sequence, |_| {}).map(|_| ())
     }
 
+    /// Tells the kernel to do something.
+    ///
+    /// # Errors
+    /// The kernel refuses or does not answer.
+    pub fn ask(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        let sequence = self.send(message, flags)?;
+        self.receive(sequence, |_| {}).map(drop)
+    }
+
     /// Asks for everything of a kind and keeps what `keep` makes of it.
     fn dump<T>(
         &mut self,
@@ -303,6 +314,7 @@ fn link_of(message: &LinkMessage) -> Link {
         carrier: flags.contains(LinkFlags::LowerUp),
         mtu: 0,
         gro_max_len: 0,
+        xdp: XdpState::None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -311,6 +323,17 @@ fn link_of(message: &LinkMessage) -> Link {
             LinkAttribute::Address(mac) => link.mac = <[u8; 6]>::try_from(&mac[..]).ok(),
             LinkAttribute::GroMaxSize(len) | LinkAttribute::GroIpv4MaxSize(len) => {
                 link.gro_max_len = link.gro_max_len.max(*len);
+            }
+            LinkAttribute::Xdp(facts) => {
+                for fact in facts {
+                    if let LinkXdp::Attached(attached) = fact {
+                        link.xdp = match attached {
+                            XdpAttached::None => XdpState::None,
+                            XdpAttached::SocketBuffer => XdpState::Generic,
+                            _ => XdpState::Native,
+                        };
+                    }
+                }
             }
             // RFC 2863 `unknown` is what drivers without a notion of it report, dummy and loopback among them.
             LinkAttribute::OperState(state) => link.carrier &= matches!(state, State::Up | State::Unknown),

@@ -30,7 +30,7 @@ pub struct Finding {
 }
 
 impl Finding {
-    fn new(severity: Severity, interface: Option<&str>, message: impl Into<String>) -> Finding {
+    pub(crate) fn new(severity: Severity, interface: Option<&str>, message: impl Into<String>) -> Finding {
         Finding { severity, interface: interface.map(str::to_owned), message: message.into() }
     }
 
@@ -39,7 +39,7 @@ impl Finding {
         match self.interface {
             Some(name) => LaneError::Interface { name, reason: self.message },
             None => LaneError::System {
-                doing: "start the af_packet lane".to_owned(),
+                doing: "start the lane".to_owned(),
                 source: std::io::Error::other(self.message),
             },
         }
@@ -123,6 +123,11 @@ fn capabilities(findings: &mut Vec<Finding>) {
             ));
         }
     }
+}
+
+/// Whether the process has a capability, by its bit.
+pub fn has_capability(bit: u32) -> bool {
+    effective_capabilities().is_some_and(|bits| bits & (1 << bit) != 0)
 }
 
 fn effective_capabilities() -> Option<u64> {

@@ -47,16 +47,19 @@ impl Interest {
         }
     }
 
-    /// The program.
-    pub fn program(&self) -> Vec<libc::sock_filter> {
+    /// The program. `handed_up`: for the device by which a program hands frames up, which are all to other machines there: the
+    /// device has an address of its own.
+    pub fn program(&self, handed_up: bool) -> Vec<libc::sock_filter> {
         let mut p = Program::default();
         if !self.any {
             p.ret(DROP);
             return p.0;
         }
-        // Frames to other machines are seen when somebody has set the interface to promiscuous mode.
-        p.load(Width::Byte, ancillary(libc::SKF_AD_PKTTYPE));
-        p.ret_if_equal(PACKET_OTHERHOST, DROP);
+        if !handed_up {
+            // Frames to other machines are seen when somebody has set the interface to promiscuous mode.
+            p.load(Width::Byte, ancillary(libc::SKF_AD_PKTTYPE));
+            p.ret_if_equal(PACKET_OTHERHOST, DROP);
+        }
         // Tagged frames belong to another network; tag 0 only carries a priority (IEEE 802.1Q §9.6).
         p.load(Width::Byte, ancillary(libc::SKF_AD_VLAN_TAG_PRESENT));
         p.skip_if_equal(0, 3);
@@ -299,13 +302,13 @@ mod tests {
 
     #[test]
     fn without_a_plan_nothing_passes() {
-        let p = Interest::of(&Plan::default()).program();
+        let p = Interest::of(&Plan::default()).program(false);
         assert_eq!(run(&p, &arp(), 0, None), DROP);
     }
 
     #[test]
     fn only_our_addresses_and_address_resolution_pass() {
-        let p = interest(&["192.0.2.9", "192.0.2.10", "2001:db8::9", "2001:db8::10"], &[]).program();
+        let p = interest(&["192.0.2.9", "192.0.2.10", "2001:db8::9", "2001:db8::10"], &[]).program(false);
         assert_eq!(run(&p, &arp(), 1, None), ACCEPT);
         for last in [9, 10] {
             assert_eq!(run(&p, &v4([1, 2, 3, 4], [192, 0, 2, last], 6), 0, None), ACCEPT);
@@ -326,7 +329,7 @@ mod tests {
 
     #[test]
     fn answers_of_transparent_backends_and_errors_about_them_pass() {
-        let p = interest(&["192.0.2.9", "2001:db8::9"], &["10.0.0.5", "2001:db8:1::5"]).program();
+        let p = interest(&["192.0.2.9", "2001:db8::9"], &["10.0.0.5", "2001:db8:1::5"]).program(false);
         assert_eq!(run(&p, &v4([10, 0, 0, 5], [1, 2, 3, 4], 6), 0, None), ACCEPT);
         assert_eq!(run(&p, &v4([10, 0, 0, 6], [1, 2, 3, 4], 6), 0, None), DROP);
         assert_eq!(run(&p, &v4([10, 0, 0, 6], [1, 2, 3, 4], PROTOCOL_ICMP), 0, None), ACCEPT);
@@ -337,9 +340,12 @@ mod tests {
 
     #[test]
     fn frames_to_other_machines_and_other_vlans_do_not_pass() {
-        let p = interest(&["192.0.2.9"], &[]).program();
+        let p = interest(&["192.0.2.9"], &[]).program(false);
         let ours = v4([1, 2, 3, 4], [192, 0, 2, 9], 6);
         assert_eq!(run(&p, &ours, PACKET_OTHERHOST, None), DROP);
+        // The device by which frames are handed up has another address than the interface that they came by.
+        let handed_up = interest(&["192.0.2.9"], &[]).program(true);
+        assert_eq!(run(&handed_up, &ours, PACKET_OTHERHOST, None), ACCEPT);
         assert_eq!(run(&p, &ours, 0, Some(5)), DROP);
         assert_eq!(run(&p, &ours, 0, Some(0xe000)), ACCEPT);
     }
@@ -353,7 +359,7 @@ mod tests {
             inside_vips: (0..MAX_ADDRESSES as u128).map(|i| IpAddr::V6((1 << 120 | i).into())).collect(),
             snat: vec![],
         };
-        let p = Interest::of(&Plan { revision: 1, groups: vec![group], services: vec![] }).program();
+        let p = Interest::of(&Plan { revision: 1, groups: vec![group], services: vec![] }).program(false);
         assert!(p.len() <= libc::BPF_MAXINSNS as usize);
         assert_eq!(run(&p, &v4([1, 2, 3, 4], [9, 9, 9, 9], 6), 0, None), ACCEPT);
         assert_eq!(run(&p, &v6("2001:db8::1", "2001:db8::2", 6, 0), 0, None), DROP);

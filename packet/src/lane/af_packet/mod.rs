@@ -44,6 +44,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+pub(crate) use check::has_capability;
 pub use check::{Finding, Severity};
 pub use offload::Offloads;
 
@@ -99,7 +100,8 @@ impl AfPacketConfig {
         }
     }
 
-    fn interfaces(&self) -> impl Iterator<Item = &str> {
+    /// Names of the interfaces.
+    pub fn interfaces(&self) -> impl Iterator<Item = &str> + Clone {
         std::iter::once(self.service.as_str()).chain(self.inside.as_deref())
     }
 }

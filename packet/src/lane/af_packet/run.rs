@@ -184,9 +184,9 @@ impl Worker {
         routers: HashSet<IpAddr>,
         now: BootTime,
     ) -> Result<(), LaneError> {
-        let both = self.interest.union(&interest).program();
+        let both = self.interest.union(&interest);
         for socket in self.sockets.iter().flatten() {
-            socket.set_filter(both.clone()).map_err(|source| LaneError::System {
+            socket.set_interest(&both).map_err(|source| LaneError::System {
                 doing: format!("interface \"{}\": attach the filter of the new plan", socket.name()),
                 source,
             })?;
@@ -202,7 +202,7 @@ impl Worker {
         }
         self.interest = interest;
         for socket in self.sockets.iter().flatten() {
-            if let Err(e) = socket.set_filter(self.interest.program()) {
+            if let Err(e) = socket.set_interest(&self.interest) {
                 // The wider filter stays: more is copied than needed, nothing is lost.
                 tracing::warn!(interface = socket.name(), error = %e, "the filter could not be narrowed");
             }
@@ -454,7 +454,7 @@ pub fn open_socket(
     interest: &Interest,
 ) -> Result<PacketSocket, LaneError> {
     let socket = PacketSocket::open(place, ring_slots)?;
-    socket.set_filter(interest.program()).map_err(|source| LaneError::System {
+    socket.set_interest(interest).map_err(|source| LaneError::System {
         doing: format!("interface \"{}\": attach the filter of the plan", place.name),
         source,
     })?;

@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::socket::{setsockopt, sockopt};
 
+use super::filter::Interest;
 use super::ring::{RxRing, Slot};
 use super::sys::{self, Piece, SendBatch};
 use crate::lane::LaneError;
@@ -39,6 +40,8 @@ pub struct Place<'a> {
 pub struct PacketSocket {
     name: String,
     index: u32,
+    /// Whether frames come by another device than they leave by.
+    handed_up: bool,
     ring: RxRing,
     batch: SendBatch,
     fd: OwnedFd,
@@ -74,7 +77,7 @@ impl PacketSocket {
         ))?;
         option(libc::PACKET_IGNORE_OUTGOING, 1)
             .map_err(failed("PACKET_IGNORE_OUTGOING refused (needs Linux 4.20)"))?;
-        let mut nothing = super::filter::Interest::default().program();
+        let mut nothing = Interest::default().program(false);
         sys::attach_filter(fd.as_fd(), &mut nothing).map_err(failed("attach a filter"))?;
         let ring = RxRing::new(fd.as_fd(), slots).map_err(failed("set up the receive ring"))?;
         if setsockopt(&fd, sockopt::SndBufForce, &SEND_BUFFER).is_err() {
@@ -91,8 +94,9 @@ impl PacketSocket {
             .map_err(failed("receive all multicast"))?;
         sys::bind(fd.as_fd(), listen).map_err(failed("bind the packet socket"))?;
         // Without an address frames leave by the device that the socket is bound to.
-        let batch = SendBatch::new((listen != index).then_some(index));
-        Ok(PacketSocket { name: name.to_owned(), index, ring, batch, fd, ring_full: 0 })
+        let handed_up = listen != index;
+        let batch = SendBatch::new(handed_up.then_some(index));
+        Ok(PacketSocket { name: name.to_owned(), index, handed_up, ring, batch, fd, ring_full: 0 })
     }
 
     /// Name of the interface.
@@ -115,12 +119,12 @@ impl PacketSocket {
         self.ring.piece(slot, len)
     }
 
-    /// Lets through what `program` does from now on.
+    /// Lets through what `interest` says from now on.
     ///
     /// # Errors
     /// The kernel refuses the program.
-    pub fn set_filter(&self, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
-        sys::attach_filter(self.fd.as_fd(), &mut program)
+    pub fn set_interest(&self, interest: &Interest) -> io::Result<()> {
+        sys::attach_filter(self.fd.as_fd(), &mut interest.program(self.handed_up))
     }
 
     /// Frames lost since the socket was opened because the ring was full.

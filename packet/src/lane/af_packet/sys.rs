@@ -272,6 +272,16 @@ struct EthtoolValue {
 /// `EOPNOTSUPP` where the driver doesn't know the command, `EPERM` without `CAP_NET_ADMIN` (changes only).
 pub fn ethtool_value(interface: &str, command: u32, data: u32) -> io::Result<u32> {
     let mut value = EthtoolValue { command, data };
+    // SAFETY: commands of this kind read and write exactly one `ethtool_value`.
+    unsafe { ethtool(interface, (&raw mut value).cast()) }?;
+    Ok(value.data)
+}
+
+/// Runs an ethtool command.
+///
+/// # Safety
+/// `command` must point at what its command reads and writes.
+unsafe fn ethtool(interface: &str, command: *mut libc::c_char) -> io::Result<()> {
     // SAFETY: `ifreq` is plain data for which all zero bytes are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     let name = interface.as_bytes();
@@ -281,7 +291,7 @@ pub fn ethtool_value(interface: &str, command: u32, data: u32) -> io::Result<u32
     for (to, from) in request.ifr_name.iter_mut().zip(name) {
         *to = *from as _;
     }
-    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    request.ifr_ifru.ifru_data = command;
     // SAFETY: takes no pointer.
     let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
@@ -289,10 +299,30 @@ pub fn ethtool_value(interface: &str, command: u32, data: u32) -> io::Result<u32
     }
     // SAFETY: the kernel has just handed this descriptor to us and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: `request` and the `value` it points at outlive the call; commands of this kind read and write exactly one
-    // `ethtool_value`.
+    // SAFETY: `request` outlives the call, and so does what `command` points at, by the caller's promise.
     let r = unsafe { libc::ioctl(fd.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
-    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(value.data) }
+    if r < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The first fields of `struct ethtool_drvinfo`, and room for the others.
+#[repr(C)]
+struct DriverInfo {
+    command: u32,
+    driver: [u8; 32],
+    _rest: [u8; 160],
+}
+
+/// Name of an interface's driver (`ETHTOOL_GDRVINFO`).
+///
+/// # Errors
+/// `EOPNOTSUPP` where the driver doesn't say.
+pub fn driver_name(interface: &str) -> io::Result<String> {
+    const ETHTOOL_GDRVINFO: u32 = 0x3;
+    let mut info = DriverInfo { command: ETHTOOL_GDRVINFO, driver: [0; 32], _rest: [0; 160] };
+    // SAFETY: the command reads and writes one `ethtool_drvinfo`, of 196 bytes.
+    unsafe { ethtool(interface, (&raw mut info).cast()) }?;
+    let name = info.driver.iter().take_while(|b| **b != 0).copied().collect();
+    String::from_utf8(name).map_err(io::Error::other)
 }
 
 /// Niceness of the thread that forwards: frames wait for it while its own share of a processor is small.

@@ -487,9 +487,14 @@ macro_rules! ups {
             /// Every class, in the order of the counters.
             pub const ALL: &'static [Up] = &[$(Up::$variant),+];
 
-            /// The word used in counters.
+            /// The word for it.
             pub fn as_str(self) -> &'static str {
                 match self { $(Up::$variant => $word),+ }
+            }
+
+            /// The word used in the counters of events.
+            pub fn event(self) -> &'static str {
+                match self { $(Up::$variant => concat!("up_", $word)),+ }
             }
         }
     };

@@ -3,6 +3,13 @@
 //! | file | holds |
 //! |---|---|
 //! | [`abi`] | keys and values of the maps, as `packet/bpf/maps.h` has them |
+//! | `lane` | [`KernelLane`]: the engine above the program |
+//! | `sync` | keeps the program as the engine is: ports, plans, counters |
+//! | `cache` | the program's copy of remembered flows |
+//! | `ways` | routes and neighbours |
+//! | `attach`, `link`, `pins` | the program on its interfaces, and what outlives the process |
+//! | `tap` | how frames come up from the tc hook |
+//! | `check` | is the machine fit, and what is `auto`? |
 //! | [`program`] | loading, the maps with a name for each thing that is done to them, test runs |
 //! | [`fill`] | from compiled tables to a generation of the maps |
 //! | [`sys`] | bpf(2), shared memory |
@@ -11,6 +18,19 @@
 //! [`fill::Filler`] and with it the first plan; then the program is attached.
 
 pub mod abi;
+mod attach;
+mod cache;
+mod check;
 pub mod fill;
+mod lane;
+mod link;
+mod pins;
 pub mod program;
+mod sync;
 pub mod sys;
+mod tap;
+mod ways;
+
+pub use check::{Choice, choose, clean_up, is_left};
+pub use lane::KernelLane;
+pub use program::Hook;

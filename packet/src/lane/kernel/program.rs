@@ -232,6 +232,13 @@ fn words(e: &dyn std::error::Error) -> String {
     text
 }
 
+impl crate::lease::SharedCells for Maps {
+    fn cell(&self, index: usize) -> &crate::lease::Cell {
+        let words = self.leases.words(index as u32).and_then(|words| words.as_array());
+        words.expect("there is a cell for each group, and `LeaseCell` is as long as a cell")
+    }
+}
+
 impl Maps {
     fn new(ebpf: &mut Ebpf, sizes: Sizes, cpus: u32) -> Result<Maps, KernelError> {
         let take = |name: &'static str| -> Result<OwnedFd, KernelError> {
@@ -319,7 +326,7 @@ impl Maps {
         self.config.read(0).unwrap_or(Config::zeroed())
     }
 
-    /// The cells that the leases stand in, to be laid under a [`crate::lease::LeaseBoard`].
+    /// The cells that the leases stand in, see [`crate::lease::LeaseBoard::shared`].
     pub fn leases(&self) -> &Mapped<LeaseCell> {
         &self.leases
     }

@@ -320,7 +320,8 @@ impl<T: Plain> Mapped<T> {
         self.base.as_ptr().cast()
     }
 
-    fn words(&self, index: u32) -> Option<&[AtomicU64]> {
+    /// Words of the entry at `index`; `None` beyond the end.
+    pub fn words(&self, index: u32) -> Option<&[AtomicU64]> {
         if index >= self.entries {
             return None;
         }
