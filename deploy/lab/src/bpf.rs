@@ -5,9 +5,12 @@
 //! turn every known unicast into a flood, and `flower`, `gact`, `netem` or nftables are kernel modules or tools that a
 //! small machine lacks. An eBPF classifier needs nothing but the kernel (`CONFIG_NET_CLS_BPF`, `CONFIG_NET_SCH_INGRESS`).
 //!
+//! And a program that lets everything pass, and the switch that turns checksums by the "device" off: both are what an XDP program
+//! on a veth interface needs of those around it ([`load_pass_program`], [`transmit_checksums_off`]).
+//!
 //! Opcodes as in the kernel's `Documentation/bpf/standardization/instruction-set.rst`.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::error::{LabError, Result};
 
@@ -91,13 +94,80 @@ struct ProgLoad {
 }
 
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_PROG_TYPE_XDP: u32 = 6;
+const BPF_XDP: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE`.
+const XDP_NATIVE: u32 = 1 << 2;
+/// `XDP_PASS`.
+const XDP_PASS: i32 = 2;
 
 /// Loads the program that drops frames by `rules`.
 pub(crate) fn load_drop_program(rules: &[DropRule]) -> Result<OwnedFd> {
-    let code = program(rules);
+    load(BPF_PROG_TYPE_SCHED_CLS, &program(rules), "load the filter that cuts a link")
+}
+
+/// Loads an XDP program that lets everything pass. An interface whose peer sends frames back from an XDP program of its own
+/// receives them only when it has one too.
+pub(crate) fn load_pass_program() -> Result<OwnedFd> {
+    let code = [insn(MOV64_IMM, 0, 0, 0, XDP_PASS), insn(EXIT, 0, 0, 0, 0)];
+    load(BPF_PROG_TYPE_XDP, &code, "load the program that lets everything pass")
+}
+
+/// The part of `union bpf_attr` that `BPF_LINK_CREATE` reads.
+#[repr(C)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_ifindex: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+/// Puts an XDP program into the driver of an interface of the calling thread's namespace. It stays until the descriptor is
+/// closed.
+pub(crate) fn attach_xdp(program: &OwnedFd, ifindex: u32) -> Result<OwnedFd> {
+    let prog_fd = program.as_raw_fd() as u32;
+    let mut attr = LinkCreate { prog_fd, target_ifindex: ifindex, attach_type: BPF_XDP, flags: XDP_NATIVE };
+    // SAFETY: `attr` has the layout that the command reads, of the size told, and holds no pointer.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_LINK_CREATE, &raw mut attr, std::mem::size_of::<LinkCreate>())
+    };
+    if fd < 0 {
+        return Err(LabError::last_os("attach an XDP program"));
+    }
+    // SAFETY: the kernel just gave this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// `struct ethtool_value`.
+#[repr(C)]
+struct EthtoolValue {
+    command: u32,
+    data: u32,
+}
+
+/// Has an interface of the calling thread's namespace compute checksums before frames leave it (`ethtool -K … tx off`): an XDP
+/// program sees no other.
+pub(crate) fn transmit_checksums_off(interface: &str) -> Result<()> {
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+    let mut value = EthtoolValue { command: ETHTOOL_STXCSUM, data: 0 };
+    // SAFETY: `ifreq` is plain data for which all zero bytes are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(interface.bytes()) {
+        *to = from as _;
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))
+        .map_err(|e| LabError::system("open a socket", e))?;
+    // SAFETY: `request` and the `value` it points at outlive the call; the command reads one `ethtool_value`.
+    let r = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+    if r < 0 { Err(LabError::last_os("turn transmit checksums off")) } else { Ok(()) }
+}
+
+fn load(prog_type: u32, code: &[Insn], doing: &str) -> Result<OwnedFd> {
     let mut attr = ProgLoad {
-        prog_type: BPF_PROG_TYPE_SCHED_CLS,
+        prog_type,
         insn_cnt: code.len() as u32,
         insns: code.as_ptr() as u64,
         license: c"MIT".as_ptr() as u64,
@@ -112,7 +182,7 @@ pub(crate) fn load_drop_program(rules: &[DropRule]) -> Result<OwnedFd> {
         libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw mut attr, std::mem::size_of::<ProgLoad>())
     };
     if fd < 0 {
-        return Err(LabError::last_os("load the filter that cuts a link"));
+        return Err(LabError::last_os(doing));
     }
     // SAFETY: the kernel just gave this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })

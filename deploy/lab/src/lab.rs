@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use crate::bpf::{DropRule, load_drop_program};
+use crate::bpf::{DropRule, attach_xdp, load_drop_program, load_pass_program, transmit_checksums_off};
 use crate::error::{LabError, Result};
 use crate::net::{Netlink, with_netlink, write_sysctl_here};
 use crate::netns::Namespace;
@@ -29,6 +30,8 @@ pub struct Lab {
     hosts: BTreeMap<String, Host>,
     // Ports that drop, by (host, segment): from which host and how much.
     faults: Mutex<BTreeMap<(String, String), Vec<Fault>>>,
+    // Programs on switch ports.
+    passing: Mutex<Vec<OwnedFd>>,
     dir: WorkDir,
 }
 
@@ -87,7 +90,14 @@ impl Lab {
             })?;
             hosts.insert(spec.name.clone(), Host { ns, links });
         }
-        Ok(Lab { switch, segments: topology.segments.clone(), hosts, faults: Mutex::default(), dir })
+        Ok(Lab {
+            switch,
+            segments: topology.segments.clone(),
+            hosts,
+            faults: Mutex::default(),
+            passing: Mutex::default(),
+            dir,
+        })
     }
 
     /// A directory for files of this lab, removed with it.
@@ -121,6 +131,26 @@ impl Lab {
             .iter()
             .find(|(_, h)| h.links.iter().any(|l| l.mac == mac))
             .map_or_else(|| mac_string(mac), |(name, _)| name.clone())
+    }
+
+    /// Makes the network one in which `hosts` can run XDP programs: their switch ports get a program that lets everything pass,
+    /// without which a veth loses what its peer's program sends back, and every host computes its checksums itself, because an
+    /// XDP program sees no others.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn ready_for_xdp(&self, hosts: &[&str]) -> Result<()> {
+        for host in self.hosts.values() {
+            host.run(|| host.links.iter().try_for_each(|link| transmit_checksums_off(&link.name)))?;
+        }
+        let program = load_pass_program()?;
+        let mut passing = self.passing.lock().unwrap_or_else(PoisonError::into_inner);
+        for host in hosts {
+            for link in &self.host(host).links {
+                passing.push(self.switch.run(|| attach_xdp(&program, link.port))?);
+            }
+        }
+        Ok(())
     }
 
     /// Pulls the cable of `host` out of `segment`: both ends lose the carrier.

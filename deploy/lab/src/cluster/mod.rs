@@ -42,6 +42,8 @@ pub struct Cluster {
     nodes: BTreeMap<String, Node>,
     binary: PathBuf,
     key: PathBuf,
+    /// What node files say of the lane, if anything.
+    lane: Option<String>,
     /// The lab they stand in.
     pub lab: Lab,
 }
@@ -90,10 +92,24 @@ impl Cluster {
     /// # Errors
     /// The binary isn't there, or files can't be written.
     pub fn new(lab: Lab, binary: PathBuf) -> Result<Cluster> {
+        Self::with_lane(lab, binary, None)
+    }
+
+    /// The same with nodes that all run `lane`. For `xdp` the network is made fit for it.
+    ///
+    /// # Errors
+    /// The same, and what the kernel refuses.
+    pub fn with_lane(lab: Lab, binary: PathBuf, lane: Option<&str>) -> Result<Cluster> {
         let hosts: Vec<String> = lab.hosts().map(|(name, _)| name.to_owned()).collect();
+        if lane == Some("xdp") {
+            let balancers: Vec<&str> =
+                hosts.iter().map(String::as_str).filter(|h| h.starts_with("lb")).collect();
+            lab.ready_for_xdp(&balancers)?;
+        }
         let members: Vec<(String, u64)> =
             hosts.iter().filter(|h| h.starts_with("lb") || *h == "wit").cloned().zip(1..).collect();
         let mut cluster = Cluster::empty(lab, binary)?;
+        cluster.lane = lane.map(str::to_owned);
         for (host, id) in &members {
             cluster.add(&NodeSpec {
                 host: host.clone(),
@@ -115,7 +131,7 @@ impl Cluster {
             return Err(LabError::NoBinary { path: binary });
         }
         let key = lab.dir().join("cluster.key");
-        let cluster = Cluster { nodes: BTreeMap::new(), binary, key, lab };
+        let cluster = Cluster { nodes: BTreeMap::new(), binary, key, lane: None, lab };
         let key = cluster.key.display().to_string();
         cluster.run_here(None, &["keygen", "--output", &key])?.success("keygen")?;
         Ok(cluster)
@@ -157,6 +173,9 @@ impl Cluster {
         );
         if !spec.witness {
             let _ = writeln!(t, "[service]\ninterface = \"{}\"", host.on(SERVICE).name);
+            if let Some(lane) = &self.lane {
+                let _ = writeln!(t, "lane = \"{lane}\"");
+            }
             if let Some(inside) = host.interfaces().iter().find(|l| l.segment == INSIDE) {
                 let _ = writeln!(t, "[inside]\ninterface = \"{}\"", inside.name);
             }
