@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use komainu_lab::Host;
+use komainu_lab::Lab;
 use komainu_lab::topology::addr;
-use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane};
-use komainu_packet::lane::{Lane, LaneError};
+use komainu_packet::lane::af_packet::AfPacketConfig;
+use komainu_packet::lane::{self, LaneError, LaneKind, SharedLane};
 use komainu_packet::lease::Lease;
 use komainu_packet::plan::{
     BackendPlan, DeadBackend, GroupPlan, Mode, Plan, Protocol, Scheduler, ServicePlan,
@@ -23,12 +23,33 @@ const RENEW_EVERY: Duration = Duration::from_millis(20);
 /// The one group of a [`plan`].
 pub const GROUP: u32 = 1;
 
-/// Starts a lane in `host`.
+/// Starts a lane in a host of the lab. For `xdp` the network is made fit for it.
 ///
 /// # Errors
-/// As [`AfPacketLane::start`].
-pub fn start(host: &Host, config: AfPacketConfig) -> Result<Arc<AfPacketLane>, LaneError> {
-    host.run(|| AfPacketLane::start(config)).map(Arc::new)
+/// As [`lane::start`].
+pub fn start(lab: &Lab, host: &str, kind: LaneKind, config: AfPacketConfig) -> Result<SharedLane, LaneError> {
+    if kind == LaneKind::Xdp {
+        lab.ready_for_xdp(&[host]).expect("the lab can be made fit for XDP");
+    }
+    lab.host(host).run(|| lane::start(kind, config))
+}
+
+/// Makes of each function that takes a [`LaneKind`] one test for each lane.
+#[macro_export]
+macro_rules! on_every_lane {
+    ($($name:ident),+ $(,)?) => {
+        $crate::on_every_lane!(@lane af_packet, AfPacket, $($name),+);
+        $crate::on_every_lane!(@lane tc, Tc, $($name),+);
+        $crate::on_every_lane!(@lane xdp, Xdp, $($name),+);
+    };
+    (@lane $lane:ident, $kind:ident, $($name:ident),+) => {
+        mod $lane {
+            $(#[test]
+            fn $name() {
+                super::$name(komainu_packet::lane::LaneKind::$kind);
+            })+
+        }
+    };
 }
 
 /// Renews the lease of [`GROUP`] until dropped, as the beat thread of a node with a quorum does: once it has missed its own
@@ -41,7 +62,7 @@ pub struct Renewer {
 
 impl Renewer {
     /// Takes the lease and goes on renewing it.
-    pub fn start(lane: Arc<AfPacketLane>) -> Renewer {
+    pub fn start(lane: SharedLane) -> Renewer {
         let stop = Arc::new(AtomicBool::new(false));
         let mut until = renew(&lane);
         let seen = Arc::clone(&stop);
@@ -68,7 +89,7 @@ impl Drop for Renewer {
 }
 
 /// Writes a lease of [`LEASE`] from now; when it ends.
-pub fn renew(lane: &AfPacketLane) -> BootTime {
+pub fn renew(lane: &SharedLane) -> BootTime {
     let until = BootTime::now().after(LEASE);
     lane.set_lease(GROUP, Lease { epoch: 1, answer_until: until, forward_until: until });
     until

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use komainu_lab::topology::addr;
 use komainu_lab::{Lab, Standard};
-use komainu_packet::lane::Lane;
+use komainu_packet::lane::LaneKind;
 use komainu_packet::lane::af_packet::AfPacketConfig;
 use komainu_packet::lease::Lease;
 use komainu_packet::plan::Plan;
@@ -88,10 +88,9 @@ fn claims(frame: &[u8], address: IpAddr) -> bool {
     }
 }
 
-#[test]
-fn forwarding_ends_with_the_lease() {
+fn forwarding_ends_with_the_lease(kind: LaneKind) {
     let lab = lab();
-    let lane = lane::start(lab.host("lb1"), AfPacketConfig::new("eth0", None)).unwrap();
+    let lane = lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", None)).unwrap();
     lane.install(plan()).unwrap();
     let server = server(&lab);
     let until = BootTime::now().after(Duration::from_millis(700));
@@ -115,10 +114,9 @@ fn forwarding_ends_with_the_lease() {
     assert!(lane.counters().drops.iter().any(|(reason, n)| *reason == "no_lease" && *n > 100));
 }
 
-#[test]
-fn both_families_are_announced_at_once_and_again_and_never_without_a_lease() {
+fn both_families_are_announced_at_once_and_again_and_never_without_a_lease(kind: LaneKind) {
     let lab = lab();
-    let lane = lane::start(lab.host("lb1"), AfPacketConfig::new("eth0", None)).unwrap();
+    let lane = lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", None)).unwrap();
     lane.install(plan()).unwrap();
     let wire = capture(&lab);
     lane.announce(GROUP);
@@ -147,10 +145,9 @@ fn both_families_are_announced_at_once_and_again_and_never_without_a_lease() {
     drop(renewer);
 }
 
-#[test]
-fn the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease() {
+fn the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease(kind: LaneKind) {
     let lab = lab();
-    let lane = lane::start(lab.host("lb1"), AfPacketConfig::new("eth0", None)).unwrap();
+    let lane = lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", None)).unwrap();
     lane.install(plan()).unwrap();
     let wire = capture(&lab);
     let ask = |family: usize| {
@@ -178,12 +175,14 @@ fn the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease() {
     }
 }
 
-#[test]
-fn a_process_that_was_stopped_sends_nothing_when_it_goes_on() {
+fn a_process_that_was_stopped_sends_nothing_when_it_goes_on(kind: LaneKind) {
     let lab = lab();
+    if kind == LaneKind::Xdp {
+        lab.ready_for_xdp(&["lb1"]).unwrap();
+    }
     // A lane with a beat thread, for UDP services on PORT in mode dsr.
     let mut command = Command::new(env!("CARGO_BIN_EXE_lane-child"));
-    command.arg(PORT.to_string());
+    command.args([&PORT.to_string(), kind.as_str()]);
     let log = lab.dir().join("child.log");
     let child = lab.host("lb1").start("lane", command, &log).unwrap();
     let server = server(&lab);
@@ -212,3 +211,10 @@ fn a_process_that_was_stopped_sends_nothing_when_it_goes_on() {
     going.store(false, Ordering::Relaxed);
     assert!(late.is_err(), "a datagram was forwarded without a lease");
 }
+
+komainu_tests::on_every_lane!(
+    forwarding_ends_with_the_lease,
+    both_families_are_announced_at_once_and_again_and_never_without_a_lease,
+    the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease,
+    a_process_that_was_stopped_sends_nothing_when_it_goes_on,
+);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use komainu_lab::topology::{RouteSpec, SERVICE, addr};
 use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane, Severity};
-use komainu_packet::lane::{Lane, LaneError};
+use komainu_packet::lane::{LaneError, LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Protocol};
 use komainu_tests::lane::{self, GROUP, Renewer};
 
@@ -44,7 +44,7 @@ fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 
 /// A lane with a `dsr` service, its lease, and a client and a server that talk through it.
 struct Talk {
-    lane: Arc<AfPacketLane>,
+    lane: SharedLane,
     client: UdpSocket,
     server: UdpSocket,
     sent: AtomicU64,
@@ -52,8 +52,8 @@ struct Talk {
 }
 
 impl Talk {
-    fn start(lab: &Lab) -> Talk {
-        let lane = lane::start(lab.host("lb1"), config()).unwrap();
+    fn start(lab: &Lab, kind: LaneKind) -> Talk {
+        let lane = lane::start(lab, "lb1", kind, config()).unwrap();
         let vip = addr::service(addr::VIP)[0];
         let mut plan = lane::plan(1, &[vip], &[], &[]);
         let backend = addr::service(addr::FIRST_BACKEND)[0];
@@ -103,7 +103,7 @@ fn ip_forwarding_is_refused_and_the_sysctl_named() {
         lab.host("lb1").sysctl(key, "1").unwrap();
         let found = refusals(&lab, &config());
         assert!(found.len() == 1 && found[0].contains(named), "{found:?}");
-        let refused = lane::start(lab.host("lb1"), config()).err().unwrap();
+        let refused = lane::start(&lab, "lb1", LaneKind::AfPacket, config()).err().unwrap();
         assert!(refused.to_string().contains(named), "{refused}");
     }
 }
@@ -123,13 +123,15 @@ fn an_interface_that_is_missing_down_or_no_ethernet_is_refused() {
     lab.host("lb1").set_link(SERVICE, false).unwrap();
     let found = refusals(&lab, &config());
     assert!(found.iter().any(|f| f.contains("ip link set eth0 up")), "{found:?}");
-    assert!(matches!(lane::start(lab.host("lb1"), config()), Err(LaneError::Interface { .. })));
+    assert!(matches!(
+        lane::start(&lab, "lb1", LaneKind::AfPacket, config()),
+        Err(LaneError::Interface { .. })
+    ));
 }
 
-#[test]
-fn a_link_that_goes_down_is_told_and_forwarding_resumes_when_it_is_back() {
+fn a_link_that_goes_down_is_told_and_forwarding_resumes_when_it_is_back(kind: LaneKind) {
     let lab = lab();
-    let talk = Talk::start(&lab);
+    let talk = Talk::start(&lab, kind);
     eventually("traffic", || talk.works());
     assert!(talk.lane.links()[0].up);
 
@@ -148,10 +150,9 @@ fn a_link_that_goes_down_is_told_and_forwarding_resumes_when_it_is_back() {
     assert_eq!(talk.lane.forwarding(), Ok(()));
 }
 
-#[test]
-fn an_interface_that_is_gone_is_told_and_taken_up_again_when_it_returns() {
+fn an_interface_that_is_gone_is_told_and_taken_up_again_when_it_returns(kind: LaneKind) {
     let lab = lab();
-    let talk = Talk::start(&lab);
+    let talk = Talk::start(&lab, kind);
     eventually("traffic", || talk.works());
     // Another interface takes the name, as when a NIC is replaced.
     ip(&lab, "lb1", "link set eth0 down");
@@ -165,20 +166,18 @@ fn an_interface_that_is_gone_is_told_and_taken_up_again_when_it_returns() {
     eventually("traffic", || talk.works());
 }
 
-#[test]
-fn the_gateway_of_the_service_network_is_known() {
+fn the_gateway_of_the_service_network_is_known(kind: LaneKind) {
     let lab = lab();
-    let talk = Talk::start(&lab);
+    let talk = Talk::start(&lab, kind);
     assert!(talk.lane.gateways().is_empty());
     let gateway = addr::service(addr::ROUTER)[0];
     lab.host("lb1").add_route(RouteSpec::default_via(gateway)).unwrap();
     eventually("the gateway", || talk.lane.gateways() == [gateway]);
 }
 
-#[test]
-fn a_lane_that_was_stopped_is_silent_and_says_so() {
+fn a_lane_that_was_stopped_is_silent_and_says_so(kind: LaneKind) {
     let lab = lab();
-    let talk = Talk::start(&lab);
+    let talk = Talk::start(&lab, kind);
     eventually("traffic", || talk.works());
     let before = talk.lane.counters();
     talk.lane.stop();
@@ -188,3 +187,10 @@ fn a_lane_that_was_stopped_is_silent_and_says_so() {
     assert!(talk.lane.install(lane::plan(2, &[], &[], &[])).is_err());
     assert_eq!(talk.lane.counters().events.len(), before.events.len());
 }
+
+komainu_tests::on_every_lane!(
+    a_link_that_goes_down_is_told_and_forwarding_resumes_when_it_is_back,
+    an_interface_that_is_gone_is_told_and_taken_up_again_when_it_returns,
+    the_gateway_of_the_service_network_is_known,
+    a_lane_that_was_stopped_is_silent_and_says_so,
+);

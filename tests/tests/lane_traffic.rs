@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use komainu_lab::topology::{SERVICE, addr};
 use komainu_lab::{Lab, Standard};
-use komainu_packet::lane::Lane;
-use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane};
+use komainu_packet::lane::af_packet::AfPacketConfig;
+use komainu_packet::lane::{LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Plan, Protocol};
 use komainu_tests::lane::{self, GROUP, Renewer};
 
@@ -23,7 +23,7 @@ const UDP: u16 = 5353;
 /// `client`, `lb1`, `be1` on the service segment with the VIP on `lo`, `bi1` on the inside segment behind the inside VIP.
 struct Stage {
     lab: Lab,
-    lane: Arc<AfPacketLane>,
+    lane: SharedLane,
     _renewer: Renewer,
 }
 
@@ -74,12 +74,12 @@ fn plan(revision: u64) -> Plan {
 }
 
 impl Stage {
-    fn build() -> Stage {
+    fn build(kind: LaneKind) -> Stage {
         let topology =
             Standard { service_backends: 1, inside_backends: 1, far: false, balancers: 1, witness: false };
         let lab = Lab::build(&topology.topology()).unwrap();
         let lane =
-            lane::start(lab.host("lb1"), AfPacketConfig::new("eth0", Some("eth1".to_owned()))).unwrap();
+            lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", Some("eth1".to_owned()))).unwrap();
         lane.install(plan(1)).unwrap();
         let renewer = Renewer::start(Arc::clone(&lane));
         lane.announce(GROUP);
@@ -145,9 +145,8 @@ fn check_pattern(mut stream: &TcpStream) -> std::io::Result<usize> {
     }
 }
 
-#[test]
-fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family() {
-    let stage = Stage::build();
+fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family(kind: LaneKind) {
+    let stage = Stage::build(kind);
     for mode in MODES {
         for family in 0..2 {
             let (host, at) = listen(mode, family);
@@ -176,9 +175,8 @@ fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family() {
     println!("{:?}", nonzero(&stage.lane.counters().events));
 }
 
-#[test]
-fn the_first_datagram_of_a_fresh_client_is_answered() {
-    let stage = Stage::build();
+fn the_first_datagram_of_a_fresh_client_is_answered(kind: LaneKind) {
+    let stage = Stage::build(kind);
     for (i, mode) in MODES.into_iter().enumerate() {
         for family in 0..2 {
             let (host, at) = listen(mode, family);
@@ -207,9 +205,8 @@ fn the_first_datagram_of_a_fresh_client_is_answered() {
     }
 }
 
-#[test]
-fn a_plan_that_drops_a_service_is_in_force_when_install_returns() {
-    let stage = Stage::build();
+fn a_plan_that_drops_a_service_is_in_force_when_install_returns(kind: LaneKind) {
+    let stage = Stage::build(kind);
     let (host, at) = listen(Mode::Nat, 0);
     let server = stage.lab.host(host).run(|| UdpSocket::bind((at, port(UDP, Mode::Nat)))).unwrap();
     server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
@@ -234,3 +231,9 @@ fn a_plan_that_drops_a_service_is_in_force_when_install_returns() {
     client.send_to(b"after", to).unwrap();
     assert_eq!(server.recv(&mut buffer).unwrap(), 5, "what was sent in between must not have been forwarded");
 }
+
+komainu_tests::on_every_lane!(
+    a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family,
+    the_first_datagram_of_a_fresh_client_is_answered,
+    a_plan_that_drops_a_service_is_in_force_when_install_returns,
+);

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use komainu_lab::topology::{HostSpec, INSIDE, LinkSpec, RouteSpec, SERVICE};
 use komainu_lab::{Host, Lab, Topology};
-use komainu_packet::lane::Lane;
-use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane};
+use komainu_packet::lane::af_packet::AfPacketConfig;
+use komainu_packet::lane::{LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Protocol};
 
 use crate::lane::{self, Renewer};
@@ -70,7 +70,7 @@ pub struct Stage {
     /// Paths, in the order in which they take turns.
     pub paths: Vec<Path>,
     /// The lane under test.
-    pub lane: Arc<AfPacketLane>,
+    pub lane: SharedLane,
     _renewer: Renewer,
 }
 
@@ -96,7 +96,7 @@ impl Stage {
             ),
         )?;
         let config = AfPacketConfig { ring_slots, ..AfPacketConfig::new("eth0", Some("eth1".to_owned())) };
-        let lane = lane::start(lab.host("lb"), config)?;
+        let lane = lane::start(&lab, "lb", LaneKind::AfPacket, config)?;
         let mut plan = lane::plan(1, &[VIP], &[INSIDE_VIP], &[SNAT]);
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             lane::add_service(&mut plan, VIP, PORT_DSR, protocol, Mode::Dsr, &[BE1]);

@@ -8,7 +8,6 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use komainu_packet::lane::Lane;
 use komainu_packet::lane::af_packet::DEFAULT_RING_SLOTS;
 use komainu_tests::bench::measure::Metric;
 use komainu_tests::bench::paths::Stage;
