@@ -14,10 +14,13 @@ mod places;
 
 use std::path::Path;
 
-use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane, Severity};
+use komainu_packet::lane::af_packet::{AfPacketConfig, Severity};
+use komainu_packet::lane::kernel::Choice;
+use komainu_packet::lane::{self, LaneKind};
 
 pub use report::{Finding, Level, Report};
 
+use crate::config::node::LaneChoice;
 use crate::config::{ConfigError, NodeConfig};
 
 /// Who asks: what a running daemon holds is no fault to an operator, and a good reason for another daemon not to start.
@@ -41,8 +44,9 @@ pub fn check_file(path: &Path) -> Report {
 pub fn check(config: &NodeConfig, asker: Asker) -> Report {
     let mut findings = vec![Finding::ok("node file", format!("{} is right", config.file.display()))];
     let running = places::daemon_is_running(config);
-    if let Some(lane) = lane_config(config) {
-        lane_findings(&lane, &mut findings);
+    if let (Some(lane), Some(choice)) = (lane_config(config), lane_choice(config)) {
+        findings.push(Finding::ok("lane", format!("{}: {}", choice.kind.as_str(), choice.reason)));
+        lane_findings(choice.kind, &lane, &mut findings);
         machine::reverse_path_filter(&lane, &mut findings);
     }
     machine::clock(&mut findings);
@@ -60,6 +64,32 @@ pub fn lane_config(config: &NodeConfig) -> Option<AfPacketConfig> {
     Some(AfPacketConfig::new(service.interface.clone(), config.inside_interface.clone()))
 }
 
+/// Whether a daemon answers on this node file's admin socket.
+pub fn daemon_is_running(config: &NodeConfig) -> bool {
+    places::daemon_is_running(config)
+}
+
+/// Interfaces of the data path; none on a witness.
+pub fn interfaces(config: &NodeConfig) -> Vec<&str> {
+    let service = config.service.iter().map(|s| s.interface.as_str());
+    service.chain(config.inside_interface.as_deref()).collect()
+}
+
+/// The lane that this node runs and why; `None` on a witness.
+pub fn lane_choice(config: &NodeConfig) -> Option<Choice> {
+    let service = config.service.as_ref()?;
+    let asked = |kind| Choice { kind, reason: "as the node file says".to_owned() };
+    Some(match service.lane {
+        LaneChoice::Auto => {
+            let reason = "what auto stands for until the lanes in the kernel are complete".to_owned();
+            Choice { kind: LaneKind::AfPacket, reason }
+        }
+        LaneChoice::Xdp => asked(LaneKind::Xdp),
+        LaneChoice::Tc => asked(LaneKind::Tc),
+        LaneChoice::AfPacket => asked(LaneKind::AfPacket),
+    })
+}
+
 fn of_mistakes(error: &ConfigError) -> Vec<Finding> {
     let finding = |m: &crate::config::Mistake| {
         let whole = m.to_string();
@@ -70,8 +100,8 @@ fn of_mistakes(error: &ConfigError) -> Vec<Finding> {
     error.mistakes.iter().map(finding).collect()
 }
 
-fn lane_findings(lane: &AfPacketConfig, findings: &mut Vec<Finding>) {
-    for found in AfPacketLane::check(lane) {
+fn lane_findings(kind: LaneKind, lane: &AfPacketConfig, findings: &mut Vec<Finding>) {
+    for found in lane::check(kind, lane) {
         let subject = match &found.interface {
             Some(name) => format!("interface {name}"),
             None => "data path".to_owned(),

@@ -56,6 +56,12 @@ pub enum Command {
         #[arg(short, long, value_name = "FILE", default_value = DEFAULT_FILE)]
         config: PathBuf,
     },
+    /// Take away what a daemon that is gone left in the kernel: programs on its interfaces (what systemd's ExecStopPost runs)
+    Cleanup {
+        /// Node file
+        #[arg(short, long, value_name = "FILE", default_value = DEFAULT_FILE)]
+        config: PathBuf,
+    },
     /// Show the whole appliance on this one machine, in network namespaces; needs root and no configuration
     Demo,
     /// Make a cluster secret

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::CommandFactory;
 use komainu_cluster::seal::{Key, KeyError};
+use komainu_packet::lane::kernel;
 use serde_json::json;
 
 use super::CliError;
@@ -47,6 +48,31 @@ pub fn check(output: &Output, file: &Path) -> Result<ExitCode, CliError> {
     let report = check::check_file(file);
     output.either(&report.to_json(), || report.to_string())?;
     Ok(if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Takes away what a daemon that is gone left in the kernel. Its programs may still forward for the rest of its lease while another
+/// node takes over, so that time is given to them.
+///
+/// # Errors
+/// The daemon runs, or the system refuses.
+pub fn cleanup(output: &Output, file: &Path) -> Result<(), CliError> {
+    let config = NodeConfig::load(file)?;
+    if check::daemon_is_running(&config) {
+        return Err(CliError::new(format!(
+            "the daemon of {} runs: stop it first, it takes away what it has attached",
+            file.display()
+        )));
+    }
+    let interfaces: Vec<&str> = check::interfaces(&config);
+    if kernel::is_left(&interfaces) {
+        std::thread::sleep(config.timing.lease);
+    }
+    let removed = kernel::clean_up(&interfaces).map_err(CliError::new)?;
+    output.either(&json!({ "removed": removed }), || match removed {
+        0 => "nothing was left\n".to_owned(),
+        1 => "removed 1 program from its interface\n".to_owned(),
+        n => format!("removed {n} programs from their interfaces\n"),
+    })
 }
 
 /// Plays the demo with this very binary.

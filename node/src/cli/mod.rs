@@ -50,6 +50,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
     match cli.command {
         Command::Run { config } => local::run(&config),
         Command::Check { config } => local::check(&output, &config),
+        Command::Cleanup { config } => local::cleanup(&output, &config).map(|()| ExitCode::SUCCESS),
         Command::Demo => local::demo(&output),
         Command::Keygen { output: file } => {
             local::keygen(&output, file.as_deref()).map(|()| ExitCode::SUCCESS)
@@ -95,6 +96,7 @@ async fn remote(client: &mut Client, output: &Output, command: Command) -> Resul
         Command::Version => look::version(client, output).await,
         Command::Run { .. }
         | Command::Check { .. }
+        | Command::Cleanup { .. }
         | Command::Demo
         | Command::Keygen { .. }
         | Command::Completions { .. } => unreachable!("done before a node was asked"),

@@ -268,13 +268,6 @@ fn service(root: &mut Section<'_>, role: Option<Role>) -> Option<ServiceNetwork>
     }
     let interface = interface(&mut section);
     let lane = section.or("lane", Word(LaneChoice::Auto)).map(|w| w.0);
-    if matches!(lane, Some(LaneChoice::Xdp | LaneChoice::Tc)) {
-        section.wrong(
-            "lane",
-            "this version has no such lane",
-            format!("write \"{}\" or \"{}\"", LaneChoice::Auto, LaneChoice::AfPacket),
-        );
-    }
     let gateway: Option<IpAddr> = section.optional("gateway");
     if gateway.is_some_and(|g| g.is_unspecified() || g.is_multicast() || g.is_loopback()) {
         section.wrong(

@@ -18,8 +18,7 @@ use komainu_cluster::core::Peer;
 use komainu_cluster::seal::Key;
 use komainu_cluster::shell::{self, ClusterHandle, Settings, View};
 use komainu_cluster::state::{ServiceState, State};
-use komainu_packet::lane::SharedLane;
-use komainu_packet::lane::af_packet::AfPacketLane;
+use komainu_packet::lane::{self, SharedLane};
 use komainu_packet::time::BootTime;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -28,7 +27,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::facts::{DataPathFacts, Facts};
 use super::{RunError, systemd};
 use crate::admin::{Context, Listeners, NodeQueries};
-use crate::check::lane_config;
+use crate::check::{lane_choice, lane_config};
 use crate::config::NodeConfig;
 use crate::datapath::{InstallStatus, Installer, LanePath};
 use crate::health::probe::NetProbe;
@@ -68,13 +67,19 @@ impl Node {
             None => None,
         };
         let settings = settings(config)?;
-        let lane: Option<SharedLane> = match lane_config(config) {
-            Some(lane) => Some(Arc::new(AfPacketLane::start(lane)?)),
-            None => None,
+        let lane: Option<SharedLane> = match (lane_choice(config), lane_config(config)) {
+            (Some(choice), Some(settings)) => {
+                let lane = lane::start(choice.kind, settings)?;
+                tracing::info!(
+                    lane = lane.kind().as_str(),
+                    mode = lane.mode(),
+                    why = choice.reason,
+                    "data path started"
+                );
+                Some(lane)
+            }
+            _ => None,
         };
-        if let Some(lane) = &lane {
-            tracing::info!(lane = lane.kind().as_str(), mode = lane.mode(), "data path started");
-        }
         let path = lane.as_ref().map(|lane| Arc::new(LanePath::new(lane.clone())));
         let queries = Arc::new(NodeQueries::new(lane.clone()));
         let seam = path.clone().map(|path| path as SharedDataPath);

@@ -95,15 +95,6 @@ const MISTAKES: &[Row] = &[
     ),
     (
         "interface = \"eth0\"",
-        "interface = \"eth0\"\nlane = \"xdp\"",
-        7,
-        "service.lane",
-        "\"xdp\"",
-        "no such lane",
-        "af_packet",
-    ),
-    (
-        "interface = \"eth0\"",
         "interface = \"eth0\"\nlane = \"dpdk\"",
         7,
         "service.lane",
