@@ -13,7 +13,7 @@ QUICK ?=
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help setup demo build test test-fast lint deny bench sim fuzz clean
+.PHONY: help setup demo build test test-fast lint deny bench chaos sim fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -49,6 +49,13 @@ bench: ## throughput beside the kernel's own forwarding; QUICK=1 for two minutes
 	@deploy/setup.sh bench
 	cargo build --release --package komainu-tests --bin bench
 	$(AS_ROOT) target/release/bench $(if $(QUICK),--quick) $(ARGS)
+
+chaos: ## machines, cables and disks fail, beside keepalived; CASES=… ROUNDS=N LANES=… PEERS=…; writes target/chaos/results.json
+	@deploy/setup.sh chaos
+	cargo build --release --package komainu-node
+	cargo build --release --package komainu-tests --bin chaos
+	$(AS_ROOT) target/release/chaos $(if $(CASES),--cases $(CASES)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	    $(if $(LANES),--lanes $(LANES)) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 sim: setup ## the simulated cluster must find every lease rule that is broken on purpose (minutes)
 	cargo test --package komainu-cluster --lib sim:: -- --include-ignored

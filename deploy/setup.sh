@@ -4,13 +4,15 @@
 #   deploy/setup.sh build   to build and to run the demo
 #   deploy/setup.sh test    to run the tests, too
 #   deploy/setup.sh bench   to run the benchmarks, too (their peers)
+#   deploy/setup.sh chaos   to run the chaos cases, too (their peer)
 set -eu
 
 case "${1:-build}" in
     build) want="build" ;;
     test) want="build test" ;;
     bench) want="build test bench" ;;
-    *) echo "setup.sh: \"$1\" is none of build, test, bench" >&2; exit 2 ;;
+    chaos) want="build test chaos" ;;
+    *) echo "setup.sh: \"$1\" is none of build, test, bench, chaos" >&2; exit 2 ;;
 esac
 
 # command or file that shows that the package is there | package | why
@@ -30,6 +32,13 @@ TXT
         ;;
         bench) cat <<'TXT'
 nft|nftables|the peer that the benchmarks compare with
+TXT
+        ;;
+        chaos) cat <<'TXT'
+nft|nftables|the forwarding of the peer that is compared with
+keepalived|keepalived|the peer: VRRP
+conntrackd|conntrackd|the peer: its standby's copy of the flows
+conntrack|conntrack|empties the peer's table of flows when its machine loses power
 TXT
         ;;
     esac

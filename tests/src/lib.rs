@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod bench;
+pub mod chaos;
 pub mod grpc;
 pub mod lane;
 pub mod pki;

@@ -24,6 +24,8 @@ const PROBER: &str = "watch";
 const MAX_CLAIMS: usize = 2_000_000;
 /// How often [`Watch::wait_asked`] looks.
 const LOOK: Duration = Duration::from_millis(2);
+/// How much later than a newer one a claim may be read: ports of the switch are read in one queue.
+const REORDERED: Duration = Duration::from_millis(20);
 /// A VIP that goes from A to B and is back at A in less time than this was held by both: a real way there and back
 /// takes two releases and two replicated assignments.
 const SHORTEST_RETURN: Duration = Duration::from_millis(60);
@@ -159,6 +161,20 @@ impl Watch {
         log
     }
 
+    /// The newest claim to `vip` that was seen so far: who, and when.
+    pub fn latest(&self, vip: IpAddr) -> Option<(String, Instant)> {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.claims.iter().rev().find(|c| c.vip == vip).map(|c| (c.host.clone(), c.at))
+    }
+
+    /// Who claimed `vip` at or after `since`.
+    pub fn claimants_since(&self, vip: IpAddr, since: Instant) -> BTreeSet<String> {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        // Claims arrive nearly in the order of time.
+        let recent = log.claims.iter().rev().take_while(|c| c.at + REORDERED >= since);
+        recent.filter(|c| c.vip == vip && c.at >= since).map(|c| c.host.clone()).collect()
+    }
+
     /// Stops; what was seen.
     pub fn stop(mut self) -> WireLog {
         self.halt();
@@ -246,6 +262,18 @@ impl WireLog {
             })
             .collect::<Vec<_>>()
             .join("\n")
+    }
+
+    /// Stretches of time in which one host claimed `vip`, in order: host, first claim, last claim.
+    pub fn runs(&self, vip: IpAddr) -> Vec<(String, Instant, Instant)> {
+        let mut runs: Vec<(String, Instant, Instant)> = Vec::new();
+        for claim in self.claims.iter().filter(|c| c.vip == vip) {
+            match runs.last_mut() {
+                Some(run) if run.0 == claim.host => run.2 = claim.at,
+                _ => runs.push((claim.host.clone(), claim.at, claim.at)),
+            }
+        }
+        runs
     }
 
     /// Last claim of `host`, to any VIP.

@@ -116,7 +116,7 @@ pub fn page(lines: &[Line], command: &str) -> String {
 }
 
 /// Processor, number of processors, kernel.
-fn machine() -> String {
+pub fn machine() -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let cpus = read("/proc/cpuinfo");
     let model = cpus

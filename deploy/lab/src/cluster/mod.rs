@@ -44,6 +44,7 @@ pub struct Cluster {
     key: PathBuf,
     /// What node files say of the lane, if anything.
     lane: Option<String>,
+    environment: Vec<(String, String)>,
     /// The lab they stand in.
     pub lab: Lab,
 }
@@ -131,10 +132,16 @@ impl Cluster {
             return Err(LabError::NoBinary { path: binary });
         }
         let key = lab.dir().join("cluster.key");
-        let cluster = Cluster { nodes: BTreeMap::new(), binary, key, lane: None, lab };
+        let cluster =
+            Cluster { nodes: BTreeMap::new(), binary, key, lane: None, environment: Vec::new(), lab };
         let key = cluster.key.display().to_string();
         cluster.run_here(None, &["keygen", "--output", &key])?.success("keygen")?;
         Ok(cluster)
+    }
+
+    /// Sets a variable in the environment of nodes started from now on.
+    pub fn set_env(&mut self, key: &str, value: &str) {
+        self.environment.push((key.to_owned(), value.to_owned()));
     }
 
     /// Writes the files of a node. It is not started.
@@ -213,6 +220,11 @@ impl Cluster {
         &self.node(name).config
     }
 
+    /// Directory of what a node stores.
+    pub fn data_dir_of(&self, name: &str) -> &Path {
+        &self.node(name).data_dir
+    }
+
     /// Names of the nodes, running or not.
     pub fn names(&self) -> Vec<String> {
         self.nodes.keys().cloned().collect()
@@ -236,6 +248,7 @@ impl Cluster {
         command.arg("run").arg("-c").arg(&node.config);
         command.env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()));
         command.env("RUST_BACKTRACE", "1").env_remove("NOTIFY_SOCKET");
+        command.envs(self.environment.iter().map(|(k, v)| (k, v)));
         let process = self.lab.host(&node.host).start(name, command, &node.log)?;
         self.node_mut(name).process = Some(process);
         Ok(())

@@ -79,6 +79,9 @@ pub struct GroupStatus {
     /// What is left of the lease, in ms, where the asked node knows.
     #[serde(default)]
     pub lease_left_ms: u64,
+    /// Flows that the standby does not know yet.
+    #[serde(default)]
+    pub standby_lag_flows: u64,
 }
 
 /// A virtual service.
@@ -88,6 +91,9 @@ pub struct ServiceStatus {
     pub name: String,
     /// Backends.
     pub backends: Vec<BackendStatus>,
+    /// Whether flows may still be there that are older than the newest change of the backends.
+    #[serde(default)]
+    pub in_transition: bool,
 }
 
 /// A backend.
@@ -124,6 +130,11 @@ impl Status {
     /// Name of the owner of `group`.
     pub fn owner(&self, group: &str) -> Option<&str> {
         self.group(group)?.owner.as_deref()
+    }
+
+    /// Whether no service is in transition.
+    pub fn settled(&self) -> bool {
+        self.services.iter().all(|s| !s.in_transition)
     }
 
     /// Whether every backend of every service is up.

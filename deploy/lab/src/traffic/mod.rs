@@ -1,5 +1,7 @@
 //! Real servers and real clients, over the kernel's own TCP/IP, that count what they see.
 
+pub mod churn;
+pub mod crowd;
 pub mod http;
 pub mod pattern;
 pub mod ping;

@@ -1,0 +1,308 @@
+//! Three voters of the real binary.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use komainu_lab::Lab;
+use komainu_lab::cluster::{Cluster, Document, SOON, Status};
+use komainu_lab::standard::{self, BACKEND_HTTP, ECHO};
+use komainu_lab::topology::{Standard, addr};
+use komainu_lab::traffic::server::Server;
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::Signal;
+
+use super::contender::{Contender, Target};
+use crate::GROUP;
+
+/// Port of the `nat` service; of the `nat-transparent` one: the next.
+pub const NAT_PORT: u16 = 7007;
+/// Document of a running service: the checks are not what is measured.
+const HEALTH: &str = "type = \"http\"\npath = \"/healthz\"\nport = 8080\ninterval_ms = 500\ntimeout_ms = 400\nrise = 2\nfall = 3\n";
+/// After so long without a packet a connection is forgotten, and a change of backends is settled. Short, so that a round need
+/// not wait for long until the services are settled; longer than any pause of the connections that are measured.
+const TCP_IDLE: &str = "tcp_idle_ms = 8000";
+/// Services are settled within this time after a change. A standby does not know yet the flows that a service in transition
+/// remembers, so connections are measured on settled ones.
+const SETTLED: Duration = Duration::from_secs(12);
+/// Room of a data directory that will be filled.
+const SMALL_DISK: &str = "size=48m";
+/// Time that a node is left dead.
+const SLOWNESS: Duration = Duration::from_secs(1);
+/// Time that a standby is given to learn the owner's flows.
+const CATCH_UP: Duration = Duration::from_millis(500);
+/// File beside a node's data whose number of milliseconds every sync waits.
+pub const DELAY_FILE: &str = "sync-delay-ms";
+
+/// What kind of cluster.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The binary.
+    pub binary: PathBuf,
+    /// Lane of the balancers.
+    pub lane: String,
+    /// Modes of services, of `nat`, `dsr`, `nat-transparent`.
+    pub modes: Vec<String>,
+    /// Whether backends are checked. Where they are not, a busy machine can't make one look dead.
+    pub checks: bool,
+    /// Further tables of every node file.
+    pub node_extra: String,
+    /// Whether data directories are small file systems of their own. The process must have mounts of its own.
+    pub small_disks: bool,
+    /// A library that makes syncs wait ([`build_slow_sync`]).
+    pub slow_sync: Option<PathBuf>,
+}
+
+/// The cluster.
+#[derive(Debug)]
+pub struct Komainu {
+    cluster: Cluster,
+    modes: Vec<String>,
+    checks: bool,
+    _servers: std::collections::BTreeMap<String, Server>,
+}
+
+impl Komainu {
+    /// Builds the lab, starts three voters, puts the document in force.
+    ///
+    /// # Errors
+    /// Whatever keeps it from coming about.
+    pub fn start(setup: &Setup) -> Result<Komainu> {
+        let inside_backends = if setup.modes.iter().any(|m| m == "nat-transparent") { 3 } else { 0 };
+        let lab = Lab::build(&Standard { inside_backends, ..Standard::default() }.topology())?;
+        quicken(&lab)?;
+        let servers = standard::servers(&lab)?;
+        let mut cluster = Cluster::with_lane(lab, setup.binary.clone(), Some(&setup.lane))?;
+        if let Some(library) = &setup.slow_sync {
+            cluster.set_env("LD_PRELOAD", &library.display().to_string());
+        }
+        for name in cluster.names() {
+            cluster.configure(&name, &setup.node_extra)?;
+            if setup.small_disks {
+                mount_small(cluster.data_dir_of(&name))?;
+            }
+        }
+        cluster.start_all()?;
+        cluster.wait_formed(SOON)?;
+        let mut komainu =
+            Komainu { cluster, modes: setup.modes.clone(), checks: setup.checks, _servers: servers };
+        komainu.cluster.apply("lb1", &komainu.text(None))?;
+        komainu.settle()?;
+        Ok(komainu)
+    }
+
+    fn text(&self, port: Option<u16>) -> Document {
+        let health = if self.checks { HEALTH } else { "type = \"none\"\n" };
+        document(&self.cluster.lab, &self.modes, health, port)
+    }
+}
+
+/// Services `nat`, `dsr`, … over TCP and UDP; with one more, `extra`, on `port` when given.
+fn document(lab: &Lab, modes: &[String], health: &str, port: Option<u16>) -> Document {
+    let vip = addr::service(addr::VIP)[0];
+    let mut document = Document::default().group(standard::group(lab));
+    for mode in modes {
+        let mode = static_mode(mode);
+        for protocol in ["tcp", "udp"] {
+            let name = format!("{mode}-{protocol}");
+            let mut service = standard::service(lab, &name, vip, port_of(mode), protocol, mode, ECHO);
+            health.clone_into(&mut service.health);
+            TCP_IDLE.clone_into(&mut service.extra);
+            document = document.service(service);
+        }
+    }
+    if let Some(port) = port {
+        let mut service = standard::service(lab, "extra", vip, port, "tcp", "nat", BACKEND_HTTP);
+        health.clone_into(&mut service.health);
+        document = document.service(service);
+    }
+    document
+}
+
+fn static_mode(mode: &str) -> &'static str {
+    match mode {
+        "dsr" => "dsr",
+        "nat-transparent" => "nat-transparent",
+        _ => "nat",
+    }
+}
+
+fn port_of(mode: &str) -> u16 {
+    match mode {
+        // A backend sees the service's own port.
+        "dsr" => ECHO,
+        "nat-transparent" => NAT_PORT + 1,
+        _ => NAT_PORT,
+    }
+}
+
+/// Lets TCP try again at least once a second (kernels since 6.15 can), so that after an outage nobody waits for an
+/// exponential back-off to end. Whether a connection lives is not touched by it.
+pub(super) fn quicken(lab: &Lab) -> Result<()> {
+    for (_, host) in lab.hosts() {
+        // Older kernels have no such setting.
+        let _ = host.sysctl("ipv4/tcp_rto_max_ms", "1000");
+    }
+    Ok(())
+}
+
+fn mount_small(dir: &Path) -> Result<()> {
+    mount(Some("komainu-chaos"), dir, Some("tmpfs"), MsFlags::empty(), Some(SMALL_DISK))
+        .with_context(|| format!("mount a small file system at {}", dir.display()))
+}
+
+/// Compiles the library that makes `fsync`, `fdatasync`, `msync` and `sync_file_range` wait as many milliseconds as stand in
+/// [`DELAY_FILE`] beside the file's directory tree; nothing stands there at first.
+///
+/// # Errors
+/// There is no C compiler, or it refuses.
+pub fn build_slow_sync(dir: &Path) -> Result<PathBuf> {
+    let source = dir.join("slow_sync.c");
+    let library = dir.join("slow_sync.so");
+    std::fs::write(&source, SLOW_SYNC)?;
+    let status = Command::new("cc")
+        .args(["-shared", "-fPIC", "-O1", "-o"])
+        .arg(&library)
+        .arg(&source)
+        .arg("-ldl")
+        .status()
+        .context("run cc")?;
+    if !status.success() {
+        bail!("cc refused {}: {status}", source.display());
+    }
+    Ok(library)
+}
+
+/// Reads the number anew at each call: the test writes it while the node runs.
+const SLOW_SYNC: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static void wait_for_disk(int fd) {
+    char link[64], path[PATH_MAX], number[32];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, sizeof path - 32);
+    if (n <= 0) return;
+    path[n] = 0;
+    for (char *slash; (slash = strrchr(path, '/')) && slash != path;) {
+        strcpy(slash, "/sync-delay-ms");
+        int file = open(path, O_RDONLY | O_CLOEXEC);
+        if (file >= 0) {
+            n = read(file, number, sizeof number - 1);
+            close(file);
+            if (n <= 0) return;
+            number[n] = 0;
+            long ms = atol(number);
+            struct timespec t = {ms / 1000, ms % 1000 * 1000000};
+            nanosleep(&t, NULL);
+            return;
+        }
+        *slash = 0;
+    }
+}
+
+int fsync(int fd) {
+    wait_for_disk(fd);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
+}
+int fdatasync(int fd) {
+    wait_for_disk(fd);
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd);
+}
+int sync_file_range(int fd, off64_t offset, off64_t length, unsigned flags) {
+    wait_for_disk(fd);
+    return ((int (*)(int, off64_t, off64_t, unsigned))dlsym(RTLD_NEXT, "sync_file_range"))(fd, offset, length, flags);
+}
+"#;
+
+impl Contender for Komainu {
+    fn lab(&self) -> &Lab {
+        &self.cluster.lab
+    }
+
+    fn nodes(&self) -> Vec<String> {
+        self.cluster.names()
+    }
+
+    fn addresses(&self) -> Vec<IpAddr> {
+        let mut all = addr::service(addr::VIP).to_vec();
+        all.extend(addr::service(addr::SNAT));
+        all
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let vip = addr::service(addr::VIP)[0];
+        self.modes.iter().map(|m| Target { mode: m.clone(), at: (vip, port_of(m)).into() }).collect()
+    }
+
+    fn settle(&mut self) -> Result<String> {
+        self.cluster.start_all()?;
+        self.cluster.wait_formed(SOON)?;
+        let owner = self.cluster.wait_owner(GROUP, SOON)?;
+        self.cluster.wait_all_up(SOON)?;
+        // A standby that lags behind is what connections may break by, not a reason to wait for ever.
+        let _ = self.cluster.wait_status(&owner, "the standby to have caught up", CATCH_UP, |s| {
+            s.group(GROUP).is_some_and(|g| g.standby_lag_flows == 0)
+        });
+        Ok(owner)
+    }
+
+    fn calm(&mut self, owner: &str) {
+        // On a busy machine a check may fail at any time and open a transition: then the round goes on as it is.
+        let _ = self.cluster.wait_status(owner, "services to be settled", SETTLED, Status::settled);
+    }
+
+    fn kill(&mut self, node: &str) -> Instant {
+        self.cluster.kill_9(node)
+    }
+
+    fn pause(&self, node: &str) {
+        self.cluster.signal(node, Signal::SIGSTOP);
+    }
+
+    fn resume(&self, node: &str) {
+        self.cluster.signal(node, Signal::SIGCONT);
+    }
+
+    fn end(&mut self, node: &str) -> Result<()> {
+        let status = self.cluster.terminate(node, SOON)?;
+        if !status.success() {
+            bail!("{node} ended with {status}");
+        }
+        Ok(())
+    }
+
+    fn boot(&mut self, node: &str) -> Result<()> {
+        Ok(self.cluster.start(node)?)
+    }
+
+    fn forget(&mut self, _: &str) -> Result<()> {
+        // It leaves nothing in the kernel.
+        Ok(())
+    }
+
+    fn slowness(&self) -> Duration {
+        SLOWNESS
+    }
+
+    fn cluster(&mut self) -> Option<&mut Cluster> {
+        Some(&mut self.cluster)
+    }
+
+    fn document(&self, port: Option<u16>) -> Option<Document> {
+        Some(self.text(port))
+    }
+
+    fn last_words(&self) -> String {
+        self.cluster.log_tails()
+    }
+}

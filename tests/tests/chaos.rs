@@ -1,0 +1,36 @@
+//! A short cut of `make chaos`: some cases, one round each, on one cluster. Safety is judged, time only by generous bounds.
+
+// A failure to set up is a failure of the test.
+#![allow(clippy::unwrap_used)]
+
+use komainu_lab::cluster::binary;
+use komainu_tests::chaos::komainu::{Komainu, Setup};
+use komainu_tests::chaos::{Case, Contender, Measure};
+
+/// Long-lived connections in each mode.
+const CONNECTIONS: usize = 60;
+
+#[test]
+fn machines_cables_and_processes_fail_and_there_is_always_one_owner() {
+    komainu_lab::clean_up_on_signals();
+    let setup = Setup {
+        binary: binary().unwrap(),
+        lane: "af_packet".to_owned(),
+        modes: vec!["nat".to_owned(), "dsr".to_owned()],
+        checks: false,
+        node_extra: String::new(),
+        small_disks: false,
+        slow_sync: None,
+    };
+    let mut side = Komainu::start(&setup).unwrap();
+    let measure = Measure::new(&side, CONNECTIONS).unwrap();
+    for case in [Case::KillOwner, Case::PowerOff, Case::Stop1S, Case::FullSplit] {
+        let round = measure.round(&mut side, case, 0);
+        println!("{}: gap {} ms, {round:?}", case.name(), round.gap_ms);
+        let logs = || side.last_words();
+        assert!(round.wrong.is_empty(), "{}: {:#?}\n{}", case.name(), round, logs());
+        assert_eq!(round.two_owners_ms, 0, "{}: {:#?}\n{}", case.name(), round, logs());
+        let dsr = round.crowds.iter().find(|c| c.mode == "dsr").unwrap();
+        assert_eq!(dsr.broken, 0, "{}: {:#?}\n{}", case.name(), round, logs());
+    }
+}
