@@ -136,7 +136,7 @@ int komainu(struct __sk_buff *ctx)
         return VERDICT_PASS;
     if (unlikely((u64)ctx->data_end - ctx->data < HEADERS) && ctx->len > (u32)(ctx->data_end - ctx->data))
         skb_pull(ctx, ctx->len < HEADERS ? ctx->len : HEADERS);
-    return handle(ctx, ctx->ingress_ifindex);
+    return handle(ctx, ctx->ifindex);
 }
 #endif
 

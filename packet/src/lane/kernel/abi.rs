@@ -1,4 +1,4 @@
-//! Keys and values of the program's maps, as `packet/bpf/maps.h` lays them out: see there what they mean and who writes them. A
+//! Keys and values of the program's maps, as `packet/bpf/abi.h` lays them out: see there what they mean and who writes them. A
 //! test compares sizes and offsets with the types in the compiled program.
 
 use std::net::{IpAddr, Ipv6Addr};
@@ -311,6 +311,24 @@ plain! {
         reserved: [u64; 32],
     }
 }
+
+/// `struct bench` of `packet/bpf/harness.c`: packets of many flows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bench {
+    /// Runs so far.
+    pub runs: u64,
+    /// Flows; the client of each has another port, and after 50 000 another address.
+    pub flows: u32,
+    /// 1: IPv4; 0: IPv6.
+    pub v4: u32,
+    /// The packet.
+    pub frame: [u8; 96],
+}
+
+const _: () = assert!(size_of::<Bench>() == 112);
+// SAFETY: `repr(C)`, integers and arrays of them, 8 + 2 × 4 + 96 bytes: no padding.
+unsafe impl Plain for Bench {}
 
 /// Every flow of `nat` whose answers may come is in `bound`.
 pub const CONFIG_BOUND_COMPLETE: u32 = 1;

@@ -19,7 +19,7 @@
 
 pub mod abi;
 mod attach;
-mod cache;
+pub mod cache;
 mod check;
 pub mod fill;
 mod lane;

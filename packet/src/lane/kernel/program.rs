@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,7 +11,7 @@ use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, BoundCell, BoundKey, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey,
+    self, BackendCell, Bench, BoundCell, BoundKey, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey,
     PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
 use super::sys::{self, Mapped, Ran};
@@ -212,6 +212,63 @@ impl Kernel {
     /// As `BPF_PROG_TEST_RUN`: `EINVAL` for a frame shorter than an Ethernet header, too.
     pub fn test_run(&self, frame: &[u8], context: Option<&[u8]>, repeat: u32) -> io::Result<Ran> {
         sys::test_run(self.program_fd()?, frame, context, repeat)
+    }
+}
+
+/// What tests and benchmarks put around the program (`packet/bpf/harness.c`).
+#[derive(Debug)]
+pub struct Harness {
+    ebpf: Ebpf,
+    bench: Mapped<Bench>,
+    measured: OwnedFd,
+}
+
+impl Harness {
+    /// Loads every program of the harness.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn load() -> Result<Harness, KernelError> {
+        let refused = |reason: String| KernelError::Refused { hook: "tests", reason };
+        let mut ebpf = EbpfLoader::new().load(HARNESS_OBJECT).map_err(|e| refused(words(&e)))?;
+        for (_, program) in ebpf.programs_mut() {
+            let program: &mut Xdp = program.try_into().map_err(|e| refused(words(&e)))?;
+            program.load().map_err(|e| refused(words(&e)))?;
+        }
+        let open = |name: &str| {
+            let map = ebpf.map(name).ok_or_else(|| io::Error::other("the object has no such map"));
+            map.and_then(descriptor).map_err(KernelError::map(format!("open the map \"{name}\"")))
+        };
+        let bench = mapped(&open("bench")?, 1)?;
+        let measured = open("measured")?;
+        Ok(Harness { ebpf, bench, measured })
+    }
+
+    /// Descriptor of one of its programs.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn program(&self, name: &str) -> io::Result<BorrowedFd<'_>> {
+        let program =
+            self.ebpf.program(name).ok_or_else(|| io::Error::other(format!("no program {name}")))?;
+        program.fd().map(AsFd::as_fd).map_err(io::Error::other)
+    }
+
+    /// Runs one of its programs.
+    ///
+    /// # Errors
+    /// As `BPF_PROG_TEST_RUN`.
+    pub fn run(&self, name: &str, frame: &[u8], repeat: u32) -> io::Result<Ran> {
+        sys::test_run(self.program(name)?, frame, None, repeat)
+    }
+
+    /// Has `vary` call `program` with the packets that `bench` describes.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn measure(&self, program: BorrowedFd<'_>, bench: &Bench) -> io::Result<()> {
+        self.bench.write(0, bench);
+        sys::update(self.measured.as_fd(), &0u32, &program.as_raw_fd(), 0)
     }
 }
 
@@ -430,6 +487,23 @@ impl Maps {
         sys::update_batch(self.flows.as_fd(), keys, cells)
     }
 
+    /// Removes every flow, both sides, and with them what services remember.
+    ///
+    /// # Errors
+    /// As bpf(2); some may have been removed.
+    pub fn clear_flows(&self) -> io::Result<()> {
+        while let Some(key) = sys::next_key::<FlowKey>(self.flows.as_fd(), None)? {
+            sys::delete(self.flows.as_fd(), &key)?;
+        }
+        while let Some(key) = sys::next_key::<BoundKey>(self.bound.as_fd(), None)? {
+            sys::delete(self.bound.as_fd(), &key)?;
+        }
+        for number in 0..self.sizes.services {
+            self.set_memory(number, false, false);
+        }
+        Ok(())
+    }
+
     // Ways to clients.
 
     /// Writes a route: [`Hop::OnLink`] where the network is on a link, [`Hop::Known`] with the router's MAC,
@@ -568,7 +642,11 @@ fn mapped<T: Plain>(map: &OwnedFd, entries: u32) -> Result<Mapped<T>, KernelErro
 /// A descriptor of the loader's map.
 fn descriptor(map: &Map) -> io::Result<OwnedFd> {
     let data = match map {
-        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::ArrayOfMaps(data) => data,
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::ArrayOfMaps(data)
+        | Map::ProgramArray(data) => data,
         _ => return Err(io::Error::other("a map of another type than the program's source says")),
     };
     data.fd().as_fd().try_clone_to_owned()

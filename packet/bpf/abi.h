@@ -1,0 +1,295 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
+/*
+ * Keys and values of the maps: everything that the program and user space share. `src/lane/kernel/abi.rs` says the same in Rust;
+ * sizes and offsets are asserted below, and a test compares both sides by the objects' BTF.
+ *
+ * Who writes what:
+ *   user space only   config, generation, slots, backends, services, leases, routes, neighbours, host; flows and bound (their
+ *                     entries and everything in them but `last_seen`)
+ *   the program only  traffic, tally, seen; `last_seen` of flows and bound
+ *
+ * Words that are read while they may be written are 8 bytes long and aligned, so that no reader sees half of one.
+ * Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6. Ports are in network order.
+ */
+#ifndef KOMAINU_ABI_H
+#define KOMAINU_ABI_H
+
+#include "helpers.h"
+
+#define PORT_SERVICE 0
+#define PORT_INSIDE 1
+#define PORTS 2
+/* Of an owned address: answered for on every port. */
+#define PORT_ANY 2
+
+/* Lease cells: plan.rs MAX_GROUPS. */
+#define LEASES 256
+/* Slots of one element of a Maglev table: a cache line. */
+#define SLOTS_PER_LINE 16
+/* Registers of a window of `seen`. */
+#define REGISTERS 256
+/* Length of such a window in ns. */
+#define WINDOW 3000000000ULL
+/* `last_seen` is written at most so often, to spare the cache line: 2^27 ns, 134 ms. */
+#define LAST_SEEN_STEP (1ULL << 27)
+
+#define TALLY_EVENTS 16
+#define TALLY_DROPS 48
+#define TALLY_UP 32
+
+/* An interface. */
+struct port {
+    /* Its address in bytes 0..6 in transmission order; 0 while there is no such port. */
+    u64 mac;
+    u32 ifindex;
+    /* tc: the device to which frames go up; 0: none, and what should go up is dropped. */
+    u32 up;
+    /* Largest layer-3 packet that may leave by it. */
+    u32 mtu;
+    u32 reserved[3];
+};
+
+struct config {
+    struct port ports[PORTS];
+    /* Entries of `backends`, `seen`; `traffic` has so many for each processor. */
+    u32 backends;
+    /* Entries of `services`. */
+    u32 services;
+    /* CONFIG_* */
+    u32 flags;
+    u32 reserved[13];
+};
+
+/* Every flow of `nat` whose answers may come is in `bound`: an answer that is not found there is dropped here. */
+#define CONFIG_BOUND_COMPLETE 1u
+/* There are nat-transparent services of that family. */
+#define CONFIG_THROUGH_V4 2u
+#define CONFIG_THROUGH_V6 4u
+
+/* What a place of a plan is. */
+#define KIND_SERVICE 0 /* VIP, port, protocol */
+#define KIND_OWNED 1   /* an address that is answered for */
+#define KIND_ANSWER 2  /* address, port, protocol of a nat-transparent backend */
+#define KIND_BACKEND 3 /* the address of one */
+
+struct place {
+    u8 address[16];
+    u16 port;
+    u8 protocol;
+    u8 kind;
+};
+
+#define MODE_DSR 0
+#define MODE_NAT 1
+#define MODE_NAT_TRANSPARENT 2
+
+/* The backend of a new flow is chosen by hash. */
+#define RECORD_HASHED 0x0001
+/* By a hash of the client's address alone. */
+#define RECORD_SOURCE_IP 0x0002
+/* Every flow is remembered. */
+#define RECORD_TRACKS_ALL 0x0004
+/* The dead-backend policy is `keep`. */
+#define RECORD_KEEP 0x0008
+/* Everything for this service goes up. */
+#define RECORD_UP 0x0010
+/* Of an owned address: clients use it, backends route through it, it is a source of full NAT. */
+#define RECORD_VIP 0x0100
+#define RECORD_INSIDE 0x0200
+#define RECORD_SNAT 0x0400
+
+/* What stands at a place. */
+struct record {
+    u32 group;
+    /* Numbers of the engine's states. */
+    u32 service;
+    u32 backend;
+    u16 flags;
+    u8 mode;
+    /* Port on which an owned address is answered for. */
+    u8 port;
+    /* Tables in `slots` and their numbers of slots; `base_size` 0: there is no base table. */
+    u32 current;
+    u32 current_size;
+    u32 base;
+    u32 base_size;
+    /* Of an answer: its service's. */
+    u8 vip[16];
+    u16 vip_port;
+    u16 reserved0;
+    u32 reserved[3];
+};
+
+/* A slot: number of the backend's state + 1, 0 for nobody, and flags. */
+#define SLOT_NUMBER 0x00ffffff
+/* New flows may go to it. */
+#define SLOT_ALIVE 0x40000000
+/* Of the current table: the base table may say another backend for the hashes of this slot. */
+#define SLOT_MOVED 0x80000000
+
+struct slot_line {
+    u32 slots[SLOTS_PER_LINE];
+};
+
+/* The way to an address: MAC in bytes 0..6, port in byte 6, flags in byte 7. */
+#define HOP_MAC 0x0000ffffffffffffULL
+#define HOP_PORT(hop) ((u32)((hop) >> 48) & 0xff)
+/* The MAC is known. */
+#define HOP_KNOWN (1ULL << 56)
+/* The address itself is on the link; of a route: its MAC stands in `neighbours`. */
+#define HOP_ON_LINK (2ULL << 56)
+/* There is no way. */
+#define HOP_NONE (4ULL << 56)
+
+/* In the tables in force. */
+#define BACKEND_IN_PLAN 0x01
+/* Its flows may be sent to it. */
+#define BACKEND_ALIVE 0x02
+
+/* A backend, by the number of the engine's state. */
+struct backend {
+    u64 hop;
+    u8 address[16];
+    u16 port;
+    u8 flags;
+    u8 reserved0;
+    u32 service;
+    u64 reserved[4];
+};
+
+#define SERVICE_IN_PLAN 1u
+/* Flows of it are remembered. */
+#define SERVICE_CONSULT 2u
+/* All of its remembered flows are in `flows`: one that isn't there is not remembered. */
+#define SERVICE_CONCLUSIVE 4u
+
+/* A service, by the number of the engine's state. */
+struct service {
+    u32 flags;
+    u32 group;
+    u8 vip[16];
+    u16 port;
+    u16 reserved0;
+    u32 reserved[9];
+};
+
+/* As in lease.rs. */
+struct lease {
+    u64 group; /* + 1; 0 of an empty cell */
+    u64 epoch;
+    u64 answer_until;
+    u64 forward_until;
+    u64 reserved[4];
+};
+
+/* A flow's name as its client's packets carry it. */
+struct flow_key {
+    u8 client[16];
+    u32 service;
+    u16 client_port;
+    u16 reserved;
+};
+
+/* A plain segment or datagram of either side changes nothing but `last_seen`; of others everything goes up. */
+#define FLOW_STEADY 0x01
+/* The backend knows it by a SNAT address and port. */
+#define FLOW_BOUND 0x02
+
+struct flow {
+    u64 last_seen;
+    u32 backend;
+    u8 flags;
+    u8 reserved;
+    u16 snat_port;
+    u8 snat[16];
+};
+
+/* A flow's name as its backend's answers carry it. */
+struct bound_key {
+    u8 backend[16];
+    u8 snat[16];
+    u16 backend_port;
+    u16 snat_port;
+    u8 protocol;
+    u8 reserved[3];
+};
+
+struct bound {
+    u64 last_seen;
+    u32 backend;
+    u32 service;
+    u8 client[16];
+    u16 client_port;
+    u8 flags;
+    u8 reserved[5];
+};
+
+struct route_key {
+    u32 prefix_len;
+    u8 address[16];
+};
+
+struct neighbour_key {
+    u8 address[16];
+    u32 port;
+};
+
+struct host_key {
+    u8 address[16];
+};
+
+/* What passed a backend on one processor: a cache line. */
+struct traffic {
+    u64 packets;
+    u64 bytes;
+    u64 return_packets;
+    u64 return_bytes;
+    u64 new_flows;
+    u64 reserved[3];
+};
+
+/* Flows that are not remembered: engine/sketch.rs. */
+struct seen {
+    /* End of the window that is being filled. */
+    u64 until;
+    /* Its number. */
+    u64 window;
+    /* At `window & 1`, and the one before at the other place. */
+    u8 registers[2][REGISTERS];
+};
+
+/* What became of frames on one processor. */
+struct tally {
+    u64 events[TALLY_EVENTS];
+    u64 drops[TALLY_DROPS];
+    u64 up[TALLY_UP];
+    u64 reserved[32];
+};
+
+#define CHECK_SIZE(type, size) _Static_assert(sizeof(struct type) == (size), "size of " #type)
+#define CHECK_OFFSET(type, field, at) _Static_assert(__builtin_offsetof(struct type, field) == (at), #type "." #field)
+CHECK_SIZE(port, 32);
+CHECK_SIZE(config, 128);
+CHECK_SIZE(place, 20);
+CHECK_SIZE(record, 64);
+CHECK_OFFSET(record, current, 16);
+CHECK_OFFSET(record, vip, 32);
+CHECK_SIZE(slot_line, 64);
+CHECK_SIZE(backend, 64);
+CHECK_OFFSET(backend, port, 24);
+CHECK_SIZE(service, 64);
+CHECK_OFFSET(service, port, 24);
+CHECK_SIZE(lease, 64);
+CHECK_SIZE(flow_key, 24);
+CHECK_SIZE(flow, 32);
+CHECK_OFFSET(flow, snat_port, 14);
+CHECK_SIZE(bound_key, 40);
+CHECK_SIZE(bound, 40);
+CHECK_OFFSET(bound, client_port, 32);
+CHECK_SIZE(route_key, 20);
+CHECK_SIZE(neighbour_key, 20);
+CHECK_SIZE(traffic, 64);
+CHECK_SIZE(seen, 528);
+CHECK_SIZE(tally, 1024);
+
+#endif
