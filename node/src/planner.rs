@@ -50,7 +50,7 @@ pub fn off_segment(state: &State, own: &[(IpAddr, u8)]) -> Vec<String> {
         .filter(|(_, b)| !own.iter().any(|(address, len)| same_prefix(*address, b.config.address, *len)))
         .map(|(s, b)| {
             format!(
-                "{}/{}: {} shares no segment with this node, so mode \"dsr\" can't reach it; \"tunnel\" and \"nat\" can",
+                "{}/{}: {} shares no segment with this node, so mode \"dsr\" can't reach it; \"nat\" can",
                 s.config.name, b.config.name, b.config.address
             )
         })

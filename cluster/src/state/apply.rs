@@ -313,10 +313,23 @@ impl State {
                 });
             }
         };
+        if to.is_some() && to == owner && self.stays(at) {
+            return Ok(self.outcome(false));
+        }
         let not = if to.is_none() { owner } else { None };
         Arc::make_mut(&mut self.groups[at]).wanted = Some(Wanted { node: to, not, index: self.index });
         self.event(command, EventKind::Owner, name, text);
         Ok(self.outcome(true))
+    }
+
+    /// Whether a group stays with its owner without anybody's wish: nobody wants it elsewhere, and no other node may take it.
+    fn stays(&self, at: usize) -> bool {
+        let group = &self.groups[at];
+        let name = group.owner.and_then(|owner| self.member(owner)).map(|m| &m.node.name);
+        match group.wanted {
+            Some(wanted) => wanted.node.is_some() && wanted.node == group.owner,
+            None => !group.config.preempt || group.config.prefer.as_ref().is_none_or(|p| Some(p) == name),
+        }
     }
 
     fn change_owner(

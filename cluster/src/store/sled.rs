@@ -495,9 +495,18 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 
 fn io_error(data_dir: &Path, doing: &'static str, e: &io::Error) -> StoreError {
     let path = data_dir.to_owned();
-    match e.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => StoreError::Full { path },
-        _ => StoreError::Io { path, doing, reason: e.to_string() },
+    let full = matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+        || matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+    if full { StoreError::Full { path } } else { StoreError::Io { path, doing, reason: in_words(e) } }
+}
+
+/// The system's words. sled hands on copies of its errors that have lost the system's number and of which the text is the
+/// original's debug form: `Os { code: 5, kind: Uncategorized, message: "Input/output error" }`.
+fn in_words(e: &io::Error) -> String {
+    let text = e.to_string();
+    match text.split_once("message: \"").and_then(|(_, rest)| rest.split_once('"')) {
+        Some((message, _)) => message.to_owned(),
+        None => text,
     }
 }
 
@@ -505,5 +514,27 @@ fn sled_error(data_dir: &Path, doing: &'static str, e: &sled::Error) -> StoreErr
     match e {
         sled::Error::Io(e) => io_error(data_dir, doing, e),
         other => StoreError::Io { path: data_dir.to_owned(), doing, reason: other.to_string() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fault: the notice of a full disk showed `Os { code: 28, … }`.
+    #[test]
+    fn what_the_system_refused_is_told_in_words_also_through_a_copy_of_the_error() {
+        let told = |code: i32| {
+            let original = io::Error::from_raw_os_error(code);
+            let copy = io::Error::new(original.kind(), format!("{original:?}"));
+            let dir = Path::new("/var/lib/komainu");
+            let first = io_error(dir, "writing the log", &original).to_string();
+            (first, sled_error(dir, "writing the log", &sled::Error::Io(copy)).to_string())
+        };
+        let (first, copy) = told(libc::ENOSPC);
+        assert_eq!(first, copy);
+        assert_eq!(copy, "data_dir /var/lib/komainu: the disk is full; make room and restart this node");
+        let (_, copy) = told(libc::EIO);
+        assert!(copy.contains("writing the log: Input/output error") && !copy.contains("Os {"), "{copy}");
     }
 }

@@ -174,6 +174,46 @@ impl Lab {
         with_netlink(&self.switch, async |netlink| netlink.set_up(port, up).await)
     }
 
+    /// Takes the interface of `host` on `segment` out of the machine, as a card that is pulled or a driver that is unloaded.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn remove_interface(&self, host: &str, segment: &str) -> Result<()> {
+        let host = self.host(host);
+        let index = host.on(segment).index;
+        with_netlink(&host.ns, async |netlink| netlink.remove_link(index).await)
+    }
+
+    /// Puts it back: name, MAC address and addresses are what they were, its index in the host is another. Routes beyond
+    /// the connected ones are not put back. [`Host`]s that were cloned before don't know the new one.
+    ///
+    /// # Errors
+    /// The kernel refuses, e.g. because it is there.
+    pub fn insert_interface(&mut self, host: &str, segment: &str) -> Result<()> {
+        let ns = self.host(host).ns.clone();
+        let old = self.host(host).on(segment).clone();
+        let port = format!("{host}.{segment}");
+        with_netlink(&self.switch, async |netlink| {
+            let bridge = netlink.index(segment).await?;
+            // The same port of the switch, so that whoever listens there goes on knowing it.
+            netlink.add_cable(&port, Some(old.port), bridge, &old.name, &ns).await
+        })?;
+        let index = with_netlink(&ns, async |netlink| {
+            let index = netlink.index(&old.name).await?;
+            netlink.configure(index, old.mac, None).await?;
+            netlink.set_up(index, true).await?;
+            for &(address, prefix) in &old.addresses {
+                netlink.add_address(index, address, prefix).await?;
+            }
+            Ok(index)
+        })?;
+        let links = self.hosts.get_mut(host).map(|h| &mut h.links);
+        if let Some(link) = links.into_iter().flatten().find(|l| l.segment == segment) {
+            link.index = index;
+        }
+        Ok(())
+    }
+
     /// Drops whatever `from` sends to `to` on `segment`, and nothing else: one way only.
     ///
     /// # Errors
@@ -479,7 +519,13 @@ async fn lay_cables(
         for link in &host.links {
             let port = format!("{}.{}", host.name, link.segment);
             netlink
-                .add_cable(&port, bridges[link.segment.as_str()], &link.interface, &namespaces[&host.name])
+                .add_cable(
+                    &port,
+                    None,
+                    bridges[link.segment.as_str()],
+                    &link.interface,
+                    &namespaces[&host.name],
+                )
                 .await?;
             ports.insert((host.name.clone(), link.segment.clone()), netlink.index(&port).await?);
         }

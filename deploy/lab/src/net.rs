@@ -71,15 +71,29 @@ impl Netlink {
         self.index(name).await
     }
 
-    /// A cable: port `port` on the switch `bridge`, its other end named `end` in the namespace `to`.
-    pub async fn add_cable(&self, port: &str, bridge: u32, end: &str, to: &Namespace) -> Result<()> {
+    /// Takes a link away, and with it the other end of its cable.
+    pub async fn remove_link(&self, index: u32) -> Result<()> {
+        self.handle.link().del(index).execute().await.map_err(LabError::netlink("remove a link".to_owned()))
+    }
+
+    /// A cable: port `port` on the switch `bridge`, its other end named `end` in the namespace `to`. The port gets
+    /// `index`, when given.
+    pub async fn add_cable(
+        &self,
+        port: &str,
+        index: Option<u32>,
+        bridge: u32,
+        end: &str,
+        to: &Namespace,
+    ) -> Result<()> {
         let doing = format!("lay cable {port}");
         let peer = format!("{port}~");
         let link = self.handle.link();
-        link.add(LinkVeth::new(port, &peer).build())
-            .execute()
-            .await
-            .map_err(LabError::netlink(doing.clone()))?;
+        let mut cable = LinkVeth::new(port, &peer);
+        if let Some(index) = index {
+            cable = cable.index(index);
+        }
+        link.add(cable.build()).execute().await.map_err(LabError::netlink(doing.clone()))?;
         let near = self.index(port).await?;
         let far = self.index(&peer).await?;
         let step = |message| {

@@ -197,7 +197,9 @@ impl Admin for Administration {
         let (owner, epoch) = (before.owner, before.epoch);
         let to = target(&view, owner, to.as_deref())?;
         let outcome = self.context.cluster.switchover(&group, to, &who).await.map_err(refuse::propose)?;
-        info!(target: changes::AUDIT, who, index = outcome.index, group, "switchover");
+        if outcome.changed {
+            info!(target: changes::AUDIT, who, index = outcome.index, group, "switchover");
+        }
         let pending = to.is_none() || to != owner;
         let from = owner.map(|owner| status::name_of(&view, owner));
         Ok(Response::new(SwitchoverResponse { from, epoch, pending }))

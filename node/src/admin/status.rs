@@ -120,7 +120,8 @@ pub fn members(view: &View) -> Vec<Member> {
 
 fn member(member: &MemberView, own: bool) -> Member {
     let balancer = member.node.role == Role::Balancer;
-    let health = member.health.as_ref().filter(|_| balancer);
+    // What a dead node once said of itself is no news of it.
+    let health = member.health.as_ref().filter(|_| balancer && member.alive);
     Member {
         id: member.node.id.0,
         name: member.node.name.clone(),
@@ -153,7 +154,9 @@ fn group(group: &GroupState, view: &View, told: &Told) -> GroupStatus {
     }
 }
 
-/// Flows that a standby doesn't know. Nothing is sent to it yet, so that is every flow that the owner remembers.
+/// Exceptional flows, those that the tables alone don't decide, that the standby lacks. Nothing is sent to it in this
+/// version, so that is every flow that the owner remembers, also those that a standby with the same tables would happen to
+/// treat alike: an upper bound of what a failover can break.
 fn standby_lag(group: &GroupState, view: &View, counters: Option<&CountersAnswer>) -> u64 {
     let standby =
         view.members.iter().any(|m| m.node.role == Role::Balancer && Some(m.node.id) != group.owner);

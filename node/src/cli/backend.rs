@@ -12,7 +12,7 @@ use super::args::{BackendCommand, BackendName};
 use super::connect::Client;
 use super::output::Output;
 use super::{CliError, POLL, document, look, service};
-use crate::render::{json, status};
+use crate::render::{json, status, time};
 
 /// Polls in a row that must see no flow before a drain counts as done: a flow between two counters is seen by the second.
 const QUIET_POLLS: u32 = 2;
@@ -42,18 +42,30 @@ pub async fn run(client: &mut Client, output: &Output, command: BackendCommand) 
         }
         BackendCommand::Enable { backend } => {
             let request = set_admin(&backend, AdminState::Enabled, None);
-            return told(output, client.call(admin.backend_set_admin(request)).await?, &backend, "enabled");
+            return told(
+                output,
+                client.call(admin.backend_set_admin(request)).await?,
+                &backend,
+                "enabled",
+                None,
+            );
         }
         BackendCommand::Disable { backend } => {
             let request = set_admin(&backend, AdminState::Disabled, None);
-            return told(output, client.call(admin.backend_set_admin(request)).await?, &backend, "disabled");
+            return told(
+                output,
+                client.call(admin.backend_set_admin(request)).await?,
+                &backend,
+                "disabled",
+                None,
+            );
         }
         BackendCommand::Drain { backend, deadline, wait } => {
             let request = set_admin(&backend, AdminState::Draining, deadline);
             let change = client.call(admin.backend_set_admin(request)).await?;
             return match wait {
                 true => drained(client, output, &backend).await,
-                false => told(output, change, &backend, "draining"),
+                false => told(output, change, &backend, "draining", deadline),
             };
         }
         BackendCommand::Weight { backend, weight } => {
@@ -65,10 +77,37 @@ pub async fn run(client: &mut Client, output: &Output, command: BackendCommand) 
     document::report(output, change, false)
 }
 
-/// Administrative states are no part of the document, so there is no new revision to tell of.
-fn told(output: &Output, change: ChangeResponse, name: &BackendName, state: &str) -> Result<(), CliError> {
-    let already = if change.applied { "" } else { " already" };
-    output.either(&json::Change::from(change), || format!("{name}: is {state}{already}\n"))
+/// What has become of a backend's administrative state, which is no part of the document: so its revision stays.
+fn told(
+    output: &Output,
+    change: ChangeResponse,
+    name: &BackendName,
+    state: &str,
+    deadline: Option<Duration>,
+) -> Result<(), CliError> {
+    let deadline_ms = deadline.map(millis);
+    let text = told_in_words(&change, name, state, deadline_ms);
+    let (backend, state) = (name.to_string(), state.to_owned());
+    output.either(&json::AdminChange { backend, admin: state, deadline_ms, change: change.into() }, || text)
+}
+
+fn told_in_words(
+    change: &ChangeResponse,
+    name: &BackendName,
+    state: &str,
+    deadline_ms: Option<u64>,
+) -> String {
+    let already = if change.applied { "" } else { "already " };
+    let deadline = match (state, deadline_ms) {
+        ("draining", Some(ms)) => format!(", disabled in {} at the latest", time::duration(ms)),
+        ("draining", None) if change.applied => ", no deadline".to_owned(),
+        _ => String::new(),
+    };
+    format!("{name}: {already}{state}{deadline}, revision {}\n", change.revision)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn set_admin(name: &BackendName, admin: AdminState, deadline: Option<Duration>) -> BackendSetAdminRequest {
@@ -76,7 +115,7 @@ fn set_admin(name: &BackendName, admin: AdminState, deadline: Option<Duration>) 
         service: name.service.clone(),
         backend: name.backend.clone(),
         admin: admin.to_wire(),
-        drain_deadline_ms: deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+        drain_deadline_ms: deadline.map(millis),
     }
 }
 
@@ -182,6 +221,21 @@ mod tests {
             ..Default::default()
         };
         StatusResponse { services: vec![service], ..Default::default() }
+    }
+
+    /// Fault: only the revision was printed.
+    #[test]
+    fn a_changed_state_is_told_with_backend_deadline_and_revision() {
+        let name: BackendName = "web/be1".parse().unwrap();
+        let told = |applied, state, deadline| {
+            let change = ChangeResponse { revision: 7, applied, ..Default::default() };
+            told_in_words(&change, &name, state, deadline)
+        };
+        assert_eq!(told(true, "disabled", None), "web/be1: disabled, revision 7\n");
+        assert_eq!(told(false, "enabled", None), "web/be1: already enabled, revision 7\n");
+        assert_eq!(told(true, "draining", None), "web/be1: draining, no deadline, revision 7\n");
+        let text = told(true, "draining", Some(300_000));
+        assert_eq!(text, "web/be1: draining, disabled in 5 m at the latest, revision 7\n");
     }
 
     #[test]

@@ -12,9 +12,10 @@ use komainu_proto::domain::{
     Document, Group, HealthCheck, Mode, Protocol, Scheduler, Service, UdpFlows,
 };
 use serde::Serialize;
+use toml::de::DeValue;
 
 use super::mistake::ConfigError;
-use super::reader::{Section, Source, Word};
+use super::reader::{self, FromToml, Note, Section, Source, Word};
 
 /// A cluster document as read from a file.
 #[derive(Debug)]
@@ -99,13 +100,22 @@ fn group(mut section: Section<'_>) -> Option<Group> {
     })
 }
 
+/// A mode. `tunnel` is known, so that it can be refused with a reason, but nobody is advised to write it.
+struct ModeWord(Mode);
+
+impl FromToml for ModeWord {
+    fn from_toml(value: &DeValue<'_>, field: &str, note: &mut Note<'_>) -> Option<Self> {
+        reader::word(value, field, note, Some("nat | nat-transparent | dsr")).map(ModeWord)
+    }
+}
+
 fn service(mut section: Section<'_>) -> Option<Service> {
     let name: Option<String> = section.required("name", "add name = \"…\"");
     let group: Option<String> = section.required("group", "add group = \"…\", the name of a [[group]]");
     let vip: Option<IpAddr> = section.required("vip", "add vip = \"…\", one of the group's vips");
     let port = port(&mut section, "port");
     let protocol = section.or("protocol", Word(Protocol::Tcp));
-    let mode: Option<Word<Mode>> =
+    let mode: Option<ModeWord> =
         section.required("mode", "add mode = \"nat\", \"nat-transparent\" or \"dsr\"");
     let scheduler = section.or("scheduler", Word(Scheduler::Maglev));
     let dead_backend = section.or("dead_backend", Word(DeadBackend::Reset));

@@ -401,17 +401,29 @@ pub struct Word<T>(pub T);
 
 impl<T: std::str::FromStr<Err = UnknownWord>> FromToml for Word<T> {
     fn from_toml(value: &DeValue<'_>, field: &str, note: &mut Note<'_>) -> Option<Self> {
-        match String::from_toml(value, field, note)?.parse() {
-            Ok(word) => Some(Word(word)),
-            Err(UnknownWord { value: written, expected, .. }) => {
-                let words: Vec<&str> = expected.split(" | ").collect();
-                let action = match nearest(&written, &words) {
-                    Some(meant) => format!("did you mean \"{meant}\"? (one of {expected})"),
-                    None => format!("give one of {expected}"),
-                };
-                note(field, show(value), "is not a known word".to_owned(), action);
-                None
-            }
+        word(value, field, note, None).map(Word)
+    }
+}
+
+/// A word out of a fixed list. `offered` stands in the advice instead of the whole list, where some words of it are
+/// known but can't be had.
+pub fn word<T: std::str::FromStr<Err = UnknownWord>>(
+    value: &DeValue<'_>,
+    field: &str,
+    note: &mut Note<'_>,
+    offered: Option<&str>,
+) -> Option<T> {
+    match String::from_toml(value, field, note)?.parse() {
+        Ok(word) => Some(word),
+        Err(UnknownWord { value: written, expected, .. }) => {
+            let expected = offered.unwrap_or(&expected);
+            let words: Vec<&str> = expected.split(" | ").collect();
+            let action = match nearest(&written, &words) {
+                Some(meant) => format!("did you mean \"{meant}\"? (one of {expected})"),
+                None => format!("give one of {expected}"),
+            };
+            note(field, show(value), "is not a known word".to_owned(), action);
+            None
         }
     }
 }

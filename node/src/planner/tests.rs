@@ -192,7 +192,7 @@ fn a_dsr_backend_behind_a_router_is_named() {
     assert_eq!(off_segment(&world.0, &[(address(1), 24)]), Vec::<String>::new());
     let off = off_segment(&world.0, &[(address(10), 31), (IpAddr::from([0; 16]), 0)]);
     assert_eq!(off.len(), 1, "{off:?}");
-    assert!(off[0].starts_with("web/be2: 192.0.2.12") && off[0].contains("\"tunnel\""));
+    assert!(off[0].starts_with("web/be2: 192.0.2.12") && off[0].contains("\"nat\" can"));
     assert_eq!(off_segment(&world.0, &[]).len(), 2);
     assert_eq!(off_segment(&World::all_up().0, &[]).len(), 0, "only dsr needs it");
 }

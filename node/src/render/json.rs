@@ -119,6 +119,20 @@ pub struct Change {
     warnings: Vec<Problem>,
 }
 
+/// What `komainu backend enable|disable|drain --json` print.
+#[derive(Debug, Serialize)]
+pub struct AdminChange {
+    /// `service/backend`.
+    pub backend: String,
+    /// Its new administrative state.
+    pub admin: String,
+    /// After which a drain disables it.
+    pub deadline_ms: Option<u64>,
+    /// As every change.
+    #[serde(flatten)]
+    pub change: Change,
+}
+
 /// What was accepted but looks wrong.
 #[derive(Debug, Serialize)]
 struct Problem {

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 
-use komainu_lab::cluster::{CliOutput, SOON, wait_for};
+use komainu_lab::cluster::{CliOutput, SOON};
 use komainu_lab::topology::{SERVICE, Standard};
 use komainu_tests::grpc::{https, inside};
 use komainu_tests::pki::{Authority, Issued};
@@ -51,14 +51,7 @@ fn from_afar(bed: &Bed, node: &str, ca: &Path, (cert, key): &(PathBuf, PathBuf),
 /// Waits until the log of `node` tells of a client from the client's machine that was refused for `reason`.
 fn refusal_is_logged(bed: &Bed, node: &str, reason: &str) {
     let peer = format!("{}:", bed.client().v4(SERVICE));
-    wait_for(&format!("{node} to log \"{reason}\""), SOON, || {
-        let log = bed.cluster.log_of(node);
-        let found = log
-            .lines()
-            .any(|l| l.contains("a client was refused") && l.contains(&peer) && l.contains(reason));
-        if found { Ok(()) } else { Err(log) }
-    })
-    .unwrap();
+    bed.cluster.wait_logged(node, &["a client was refused", &peer, reason], SOON).unwrap();
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! How a node ends.
 
-use komainu_lab::cluster::{SOON, wait_for};
+use komainu_lab::cluster::SOON;
 use komainu_tests::{Bed, Machine};
 use nix::sys::signal::Signal;
 
@@ -14,14 +14,7 @@ fn a_second_signal_ends_the_node_at_once() {
             bed.cluster.signal(other, Signal::SIGSTOP);
         }
         bed.cluster.signal(&owner, first);
-        let says = |what: &str| {
-            wait_for(&format!("{owner} to say: {what}"), SOON, || {
-                let log = bed.cluster.log_of(&owner);
-                if log.contains(what) { Ok(()) } else { Err(log) }
-            })
-            .unwrap();
-        };
-        says("stopping: handing over");
+        bed.cluster.wait_logged(&owner, &["stopping: handing over"], SOON).unwrap();
         bed.cluster.signal(&owner, second);
         let status = bed.cluster.process(&owner).wait(SOON).expect("it ends");
         let log = bed.cluster.log_of(&owner);

@@ -270,6 +270,29 @@ fn a_switchover_holds_until_the_group_has_to_go_elsewhere() {
     assert_eq!(wanted(&m), Some((Some(2), None)));
 }
 
+/// Fault: it recorded an event although nothing happened.
+#[test]
+fn a_switchover_to_the_owner_changes_nothing_unless_it_makes_it_stay() {
+    let mut m = Machine::running();
+    m.assign("web", 1);
+    let to = |node: u64| Change::Switchover { group: "web".into(), to: Some(NodeId(node)) };
+    let events = m.state.events.len();
+    assert!(!m.ok(to(1)).changed);
+    assert_eq!((m.state.groups[0].wanted, m.state.events.len()), (None, events));
+    // It takes back another wish.
+    assert!(m.ok(to(2)).changed);
+    assert!(m.ok(to(1)).changed);
+    assert!(!m.ok(to(1)).changed, "said already");
+    // It holds the group against a preferred node that may take it.
+    let mut m = Machine::running();
+    m.assign("web", 1);
+    let mut preempted = document();
+    preempted.groups[0].prefer = Some("lb2".into());
+    preempted.groups[0].preempt = true;
+    m.ok(Change::Apply { document: preempted, if_revision: None, confirm_within_ms: None });
+    assert!(m.ok(to(1)).changed);
+}
+
 #[test]
 fn an_address_changes_groups_only_when_its_owner_has_let_go() {
     let mut m = Machine::running();

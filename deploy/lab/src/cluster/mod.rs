@@ -485,6 +485,17 @@ impl Cluster {
         Ok(())
     }
 
+    /// Waits until a line of a node's log holds all of `words`.
+    ///
+    /// # Errors
+    /// None does within `limit`; the error holds the log's end.
+    pub fn wait_logged(&self, name: &str, words: &[&str], limit: Duration) -> Result<()> {
+        wait_for(&format!("{name} to log {words:?}"), limit, || {
+            let said = self.log_of(name).lines().any(|line| words.iter().all(|word| line.contains(word)));
+            if said { Ok(()) } else { Err(tail(&self.node(name).log, LOG_TAIL)) }
+        })
+    }
+
     /// Everything that a node has logged.
     pub fn log_of(&self, name: &str) -> String {
         std::fs::read_to_string(&self.node(name).log).unwrap_or_default()

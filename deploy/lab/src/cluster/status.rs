@@ -65,6 +65,12 @@ pub struct MemberStatus {
     /// Whether it votes.
     #[serde(default)]
     pub voter: bool,
+    /// Whether it can own a VIP group; absent when not known.
+    #[serde(default)]
+    pub fit: Option<bool>,
+    /// Why not.
+    #[serde(default)]
+    pub unfit_reason: String,
 }
 
 /// A VIP group.
