@@ -292,6 +292,18 @@ impl Lab {
     }
 }
 
+impl Drop for Lab {
+    /// A node that was killed leaves its program's link pinned, for the next one in its namespace; there will be none.
+    fn drop(&mut self) {
+        use std::os::unix::fs::MetadataExt;
+        for host in self.hosts.values() {
+            if let Ok(namespace) = host.run(|| std::fs::metadata("/proc/thread-self/ns/net")) {
+                let _ = std::fs::remove_dir_all(format!("/sys/fs/bpf/komainu/net-{}", namespace.ino()));
+            }
+        }
+    }
+}
+
 impl Interface {
     /// Index of the switch port on the other end, in the switches' namespace.
     pub(crate) fn port_index(&self) -> u32 {
