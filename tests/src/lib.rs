@@ -11,6 +11,7 @@ pub mod grpc;
 pub mod lane;
 pub mod pki;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -26,6 +27,7 @@ use komainu_lab::traffic::server::Server;
 use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
 use komainu_lab::watch::{Watch, WireLog};
 use komainu_lab::{Host, Lab};
+use komainu_packet::lane::LaneKind;
 
 /// How often the wire listener asks for each VIP.
 pub const PROBE: Duration = Duration::from_millis(4);
@@ -35,6 +37,38 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub const GROUP: &str = "web";
 /// Records the service network into each lab's directory when set. Only useful with `KOMAINU_LAB_KEEP`.
 const CAPTURE_VARIABLE: &str = "KOMAINU_LAB_PCAP";
+
+/// Lane of every node when set and the test says nothing: `af_packet`, `tc` or `xdp`. Runs the whole suite on another lane.
+const LANE_VARIABLE: &str = "KOMAINU_TEST_LANE";
+
+std::thread_local! {
+    static LANE: Cell<Option<LaneKind>> = const { Cell::new(None) };
+}
+
+/// Runs a test whose nodes all run `lane`.
+pub fn with_lane(lane: LaneKind, test: impl FnOnce()) {
+    LANE.set(Some(lane));
+    test();
+    LANE.set(None);
+}
+
+/// Makes of each test function one test for each lane: its [`Bed`]s run that lane.
+#[macro_export]
+macro_rules! system_on_every_lane {
+    ($($name:ident),+ $(,)?) => {
+        $crate::system_on_every_lane!(@lane af_packet, AfPacket, $($name),+);
+        $crate::system_on_every_lane!(@lane tc, Tc, $($name),+);
+        $crate::system_on_every_lane!(@lane xdp, Xdp, $($name),+);
+    };
+    (@lane $lane:ident, $kind:ident, $($name:ident),+) => {
+        mod $lane {
+            $(#[test]
+            fn $name() {
+                komainu_tests::with_lane(komainu_packet::lane::LaneKind::$kind, super::$name);
+            })+
+        }
+    };
+}
 
 /// Tests that measure time run alone; the others side by side.
 static MACHINE: RwLock<()> = RwLock::new(());
@@ -85,7 +119,9 @@ impl Bed {
         let mut vips = addr::service(addr::VIP).to_vec();
         vips.extend(addr::service(addr::SNAT));
         let watch = Watch::start(&lab, &vips, PROBE).unwrap();
-        let cluster = Cluster::new(lab, binary().unwrap()).unwrap();
+        let lane =
+            LANE.get().map(|lane| lane.as_str().to_owned()).or_else(|| std::env::var(LANE_VARIABLE).ok());
+        let cluster = Cluster::with_lane(lab, binary().unwrap(), lane.as_deref()).unwrap();
         Bed { watch: Some(watch), _capture: capture, cluster, servers, _share: share }
     }
 

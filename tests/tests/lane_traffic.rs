@@ -172,7 +172,16 @@ fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family(kind: LaneKi
             println!("{mode:?} family {family}: 200 MiB in {:?}", start.elapsed());
         }
     }
-    println!("{:?}", nonzero(&stage.lane.counters().events));
+    let counters = stage.lane.counters();
+    println!("{:?}", nonzero(&counters.events));
+    let count = |name: &str| counters.events.iter().find(|(n, _)| *n == name).map_or(0, |(_, n)| *n);
+    if kind != LaneKind::AfPacket {
+        let all = count("forwarded") + count("returned");
+        assert!(
+            count("frames_sent") * 50 < all,
+            "the engine sends what the program should: {all} frames in all"
+        );
+    }
 }
 
 fn the_first_datagram_of_a_fresh_client_is_answered(kind: LaneKind) {

@@ -9,7 +9,6 @@ use komainu_tests::{Bed, Machine, PATIENCE, http, tcp};
 
 const PING: Duration = Duration::from_millis(10);
 
-#[test]
 fn a_dead_backend_is_taken_out_and_comes_back() {
     let mut bed = Bed::web(Machine::Shared);
     let load = RequestLoop::start(bed.client(), http(0), Duration::from_millis(5), PATIENCE);
@@ -60,7 +59,6 @@ fn connections_to_living_backends_outlive_the_death_of_another() {
     }
 }
 
-#[test]
 fn a_drain_keeps_connections_and_takes_no_new_ones_and_survives_a_failover() {
     let mut bed = Bed::web(Machine::Shared);
     let old = Pingers::start(bed.client(), tcp(0), 16, PING, PATIENCE).unwrap();
@@ -151,3 +149,8 @@ fn weight_0_takes_no_new_flows_and_disable_takes_nothing() {
     })
     .unwrap();
 }
+
+komainu_tests::system_on_every_lane!(
+    a_dead_backend_is_taken_out_and_comes_back,
+    a_drain_keeps_connections_and_takes_no_new_ones_and_survives_a_failover,
+);

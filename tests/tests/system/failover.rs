@@ -267,7 +267,6 @@ fn lossy_cables_between_the_nodes_never_make_two_owners() {
     assert!(bed.stream().wait_answered(100, SOON));
 }
 
-#[test]
 fn a_stopped_owner_is_replaced_and_stays_silent_when_it_goes_on() {
     let bed = Bed::web(Machine::Shared);
     let owner = bed.owner();
@@ -316,7 +315,6 @@ fn both_balancers_booted_at_once_make_one_owner() {
     }
 }
 
-#[test]
 fn a_new_owner_announces_at_once_and_again() {
     let mut bed = Bed::web(Machine::Shared);
     let owner = bed.owner();
@@ -342,3 +340,8 @@ fn a_new_owner_announces_at_once_and_again() {
         wire.announcements(&after, vip(0)).iter().map(|c| c.kind).collect();
     assert!(kinds.contains(&ClaimKind::GarpRequest) && kinds.contains(&ClaimKind::GarpReply), "{kinds:?}");
 }
+
+komainu_tests::system_on_every_lane!(
+    a_stopped_owner_is_replaced_and_stays_silent_when_it_goes_on,
+    a_new_owner_announces_at_once_and_again,
+);

@@ -10,6 +10,7 @@ mod demo;
 mod failover;
 mod grpc;
 mod interface;
+mod kernel;
 mod mtu;
 mod remote_admin;
 mod stop;

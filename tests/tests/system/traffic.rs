@@ -84,14 +84,12 @@ fn check_all(bed: &Bed, client: &Host) {
     bed.wire().assert_one_owner();
 }
 
-#[test]
 fn every_mode_moves_tcp_and_udp_over_both_families() {
     let bed = Bed::start(Machine::Shared, WITH_INSIDE_AND_FAR, all_modes);
     check_all(&bed, bed.client());
     check_all(&bed, bed.host("far"));
 }
 
-#[test]
 fn a_download_of_100_mib_arrives_whole_in_every_mode() {
     let bed = Bed::start(Machine::Shared, WITH_INSIDE_AND_FAR, all_modes);
     for mode in MODES {
@@ -106,7 +104,6 @@ fn a_download_of_100_mib_arrives_whole_in_every_mode() {
     }
 }
 
-#[test]
 fn the_vip_answers_echo_requests() {
     let bed = Bed::start(Machine::Shared, Standard { far: true, ..Standard::default() }, |lab| {
         komainu_tests::web_document(lab)
@@ -122,7 +119,6 @@ fn the_vip_answers_echo_requests() {
     }
 }
 
-#[test]
 fn datagrams_in_fragments_are_answered_in_every_mode() {
     let bed = Bed::start(Machine::Shared, WITH_INSIDE_AND_FAR, all_modes);
     for mode in MODES {
@@ -138,7 +134,6 @@ fn datagrams_in_fragments_are_answered_in_every_mode() {
     }
 }
 
-#[test]
 fn every_packet_is_counted_where_it_went() {
     let bed = Bed::web(Machine::Shared);
     let owner = bed.owner();
@@ -155,3 +150,11 @@ fn every_packet_is_counted_where_it_went() {
     })
     .unwrap();
 }
+
+komainu_tests::system_on_every_lane!(
+    every_mode_moves_tcp_and_udp_over_both_families,
+    a_download_of_100_mib_arrives_whole_in_every_mode,
+    the_vip_answers_echo_requests,
+    datagrams_in_fragments_are_answered_in_every_mode,
+    every_packet_is_counted_where_it_went,
+);

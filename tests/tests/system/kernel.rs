@@ -1,0 +1,111 @@
+//! What only the lanes in the kernel can do wrong: go on by themselves for too long, or leave something behind.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use komainu_lab::cluster::SOON;
+use komainu_lab::topology::SERVICE;
+use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
+use komainu_packet::lane::LaneKind;
+use komainu_tests::{Bed, Machine, udp, vip, with_lane};
+
+/// `lease_ms` where the node file says nothing, and what a busy machine adds.
+const LEASE: Duration = Duration::from_millis(80);
+const SLACK: Duration = Duration::from_millis(150);
+
+/// Where the links of a host's namespace are pinned.
+fn pins(bed: &Bed, host: &str) -> PathBuf {
+    use std::os::unix::fs::MetadataExt;
+    let namespace = bed.host(host).run(|| std::fs::metadata("/proc/thread-self/ns/net").unwrap().ino());
+    PathBuf::from(format!("/sys/fs/bpf/komainu/net-{namespace}"))
+}
+
+/// Names of a host's interfaces that a lane made.
+fn devices(bed: &Bed, host: &str) -> Vec<String> {
+    bed.host(host).run(|| {
+        let all = nix::net::if_::if_nameindex().unwrap();
+        let names = all.iter().map(|i| i.name().to_string_lossy().into_owned());
+        names.filter(|name| name.starts_with("komainu")).collect()
+    })
+}
+
+fn on(lane: LaneKind, test: impl FnOnce(&mut Bed)) {
+    with_lane(lane, || test(&mut Bed::web(Machine::Shared)));
+}
+
+const KERNEL: [LaneKind; 2] = [LaneKind::Tc, LaneKind::Xdp];
+
+#[test]
+fn status_says_lane_and_mode() {
+    for (lane, mode) in [(LaneKind::Tc, "tcx"), (LaneKind::Xdp, "native")] {
+        on(lane, |bed| {
+            let status = bed.cluster.status("lb1").unwrap();
+            assert_eq!((status.node.lane.as_str(), status.node.lane_mode.as_str()), (lane.as_str(), mode));
+        });
+    }
+}
+
+#[test]
+fn an_orderly_stop_leaves_nothing() {
+    for lane in KERNEL {
+        on(lane, |bed| {
+            let owner = bed.owner();
+            assert!(pins(bed, &owner).exists(), "{lane:?}: nothing is pinned while it runs");
+            assert_eq!(devices(bed, &owner).len(), usize::from(lane == LaneKind::Tc));
+            assert!(bed.cluster.terminate(&owner, SOON).unwrap().success());
+            assert!(!pins(bed, &owner).exists(), "{lane:?}");
+            assert_eq!(devices(bed, &owner), Vec::<String>::new());
+        });
+    }
+}
+
+#[test]
+fn a_killed_owner_forwards_no_longer_than_its_lease_and_what_it_leaves_is_taken_away() {
+    for lane in KERNEL {
+        on(lane, |bed| {
+            let owner = bed.owner();
+            // Whatever the others do: this client believes in the dead one.
+            let believer = bed.host("watch");
+            believer.set_neighbour(SERVICE, vip(0), bed.host(&owner).on(SERVICE).mac).unwrap();
+            let stream = UdpStream::start(believer, udp(0), StreamSpec::default()).unwrap();
+            assert!(stream.wait_answered(100, SOON), "{:?}", stream.report());
+            let killed = bed.cluster.kill_9(&owner);
+            bed.owner_other_than(&owner);
+            std::thread::sleep(LEASE + SLACK + Duration::from_millis(500));
+            let report = stream.stop();
+            let silence = report.gaps.last().expect("it ended");
+            assert!(
+                silence.from <= killed + LEASE + SLACK && silence.lost >= 500,
+                "{lane:?}: forwards without a lease, killed at {killed:?}: {report:?}"
+            );
+            let wire = bed.wire();
+            let last = wire.last_claim_of(&owner).map_or(killed, |c| c.at);
+            assert!(last <= killed + LEASE + SLACK, "{lane:?}: answered {:?} after its death", last - killed);
+
+            assert!(pins(bed, &owner).exists(), "{lane:?}: the program went with its process");
+            let file = bed.cluster.node_file_of(&owner).display().to_string();
+            let cleaned = bed.cluster.local(&owner, &["cleanup", "-c", &file]).unwrap();
+            assert!(cleaned.status.success(), "{cleaned:?}");
+            assert!(!pins(bed, &owner).exists(), "{lane:?}");
+        });
+    }
+}
+
+#[test]
+fn a_restart_takes_over_what_a_crash_left() {
+    for lane in KERNEL {
+        on(lane, |bed| {
+            for _ in 0..2 {
+                let owner = bed.owner();
+                let stream = bed.stream();
+                bed.cluster.kill_9(&owner);
+                bed.cluster.start(&owner).unwrap();
+                bed.cluster.wait_formed(SOON).unwrap();
+                bed.owner();
+                assert!(stream.wait_answered(300, SOON), "{lane:?}: {:?}", stream.report());
+            }
+            let pinned = std::fs::read_dir(pins(bed, "lb1")).unwrap().count();
+            assert_eq!(pinned, 1, "{lane:?}");
+        });
+    }
+}
