@@ -31,7 +31,8 @@ curl|curl|fetches through the VIP as a user would
 TXT
         ;;
         bench) cat <<'TXT'
-nft|nftables|the peer that the benchmarks compare with
+nft|nftables|a peer that the benchmarks compare with
+haproxy|haproxy|a peer that the benchmarks compare with
 TXT
         ;;
         chaos) cat <<'TXT'

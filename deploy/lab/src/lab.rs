@@ -61,7 +61,7 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// Addresses with prefix length.
     pub addresses: Vec<(IpAddr, u8)>,
-    /// Index of the switch port on the other end.
+    /// Index of the switch port on the other end; 0 where there is no switch.
     port: u32,
 }
 
@@ -479,13 +479,24 @@ fn check_names(topology: &Topology) -> Result<()> {
             return Err(LabError::Topology(format!("two hosts are called \"{}\"", host.name)));
         }
         for link in &host.links {
-            if !topology.segments.contains(&link.segment) {
+            if !topology.segments.contains(&link.segment) && !topology.cables.contains(&link.segment) {
                 return Err(LabError::Unknown {
                     what: "segment",
                     name: link.segment.clone(),
                     known: topology.segments.join(", "),
                 });
             }
+        }
+    }
+    for cable in &topology.cables {
+        if cable.is_empty() || cable.len() > MAX_SEGMENT_NAME {
+            return long("cable", cable, MAX_SEGMENT_NAME);
+        }
+        let ends = topology.hosts.iter().flat_map(|h| &h.links).filter(|l| l.segment == *cable).count();
+        if ends != 2 || topology.segments.contains(cable) {
+            return Err(LabError::Topology(format!(
+                "cable \"{cable}\" has {ends} ends, or a segment's name: a cable joins two hosts"
+            )));
         }
     }
     Ok(())
@@ -526,9 +537,18 @@ async fn lay_cables(
     for segment in &topology.segments {
         bridges.insert(segment.as_str(), netlink.add_bridge(segment).await?);
     }
+    for cable in &topology.cables {
+        let links = topology.hosts.iter().flat_map(|h| h.links.iter().map(move |l| (h, l)));
+        let ends: Vec<_> = links
+            .filter(|(_, l)| l.segment == *cable)
+            .map(|(h, l)| (l.interface.as_str(), &namespaces[&h.name]))
+            .collect();
+        let &[a, b] = ends.as_slice() else { continue };
+        netlink.add_direct_cable(cable, [a, b]).await?;
+    }
     let mut ports = BTreeMap::new();
     for host in &topology.hosts {
-        for link in &host.links {
+        for link in host.links.iter().filter(|l| topology.segments.contains(&l.segment)) {
             let port = format!("{}.{}", host.name, link.segment);
             netlink
                 .add_cable(
@@ -560,7 +580,8 @@ async fn configure_host(
     let mut links = Vec::new();
     for link in &host.links {
         let index = netlink.index(&link.interface).await?;
-        let segment = topology.segments.iter().position(|s| *s == link.segment).unwrap_or_default();
+        let mut segments = topology.segments.iter().chain(&topology.cables);
+        let segment = segments.position(|s| *s == link.segment).unwrap_or_default();
         // Readable in a capture: locally administered, segment, host.
         let mac = [0x02, 0x6b, 0x6d, 0x00, segment as u8, number as u8 + 1];
         netlink.configure(index, mac, link.mtu).await?;
@@ -574,7 +595,7 @@ async fn configure_host(
             index,
             mac,
             addresses: link.addresses.clone(),
-            port: ports[&(host.name.clone(), link.segment.clone())],
+            port: ports.get(&(host.name.clone(), link.segment.clone())).copied().unwrap_or_default(),
         });
     }
     for route in &host.routes {

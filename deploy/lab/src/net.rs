@@ -105,6 +105,21 @@ impl Netlink {
         step(LinkUnspec::new_with_index(far).name(end).setns_by_fd(to.as_fd().as_raw_fd()).build()).await
     }
 
+    /// A cable between two namespaces, its ends named as told.
+    pub async fn add_direct_cable(&self, name: &str, ends: [(&str, &Namespace); 2]) -> Result<()> {
+        let doing = || format!("lay cable {name}");
+        let names = [format!("{name}<"), format!("{name}>")];
+        let link = self.handle.link();
+        let pair = LinkVeth::new(&names[0], &names[1]).build();
+        link.add(pair).execute().await.map_err(LabError::netlink(doing()))?;
+        for (own, (end, to)) in names.iter().zip(ends) {
+            let index = self.index(own).await?;
+            let moved = LinkUnspec::new_with_index(index).name(end).setns_by_fd(to.as_fd().as_raw_fd());
+            self.change(&doing(), moved.build()).await?;
+        }
+        Ok(())
+    }
+
     /// Sets MAC address (only while the link is down) and MTU.
     pub async fn configure(&self, index: u32, mac: [u8; 6], mtu: Option<u32>) -> Result<()> {
         let mut message = LinkUnspec::new_with_index(index).address(mac.to_vec());

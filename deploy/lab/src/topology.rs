@@ -7,6 +7,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub struct Topology {
     /// Names of the segments: one switch each. At most 8 characters.
     pub segments: Vec<String>,
+    /// Names of cables without a switch, each between exactly two hosts, which name it as their segment. Nothing can be cut
+    /// or unplugged there; for benchmarks, in which a switch would be the slowest part.
+    pub cables: Vec<String>,
     /// Hosts: one network namespace each.
     pub hosts: Vec<HostSpec>,
 }
@@ -165,7 +168,7 @@ impl Standard {
     /// The topology: `client` and `watch` on the service segment, balancers on all of them, the witness on the cluster
     /// segment only. Backends on the service segment hold the first VIP on `lo`, so that they can serve `dsr`.
     pub fn topology(&self) -> Topology {
-        let mut t = Topology { segments: vec![SERVICE.into(), CLUSTER.into()], hosts: Vec::new() };
+        let mut t = Topology { segments: vec![SERVICE.into(), CLUSTER.into()], ..Topology::default() };
         if self.inside_backends > 0 {
             t.segments.push(INSIDE.into());
         }

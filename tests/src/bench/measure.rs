@@ -60,6 +60,11 @@ impl Metric {
         }
     }
 
+    /// Whether `path` carries it.
+    pub fn is_carried_by(self, path: &Path) -> bool {
+        self != Metric::UdpPackets || !path.tcp_only
+    }
+
     /// Measures once, for `time`.
     ///
     /// # Errors

@@ -6,7 +6,9 @@
 //! | [`paths`] | the network, and the ways through it |
 //! | [`measure`] | sender and receiver |
 //! | [`report`] | results as JSON and as a page |
+//! | [`wire`] | packets per second from a generator in the kernel |
 
 pub mod measure;
 pub mod paths;
 pub mod report;
+pub mod wire;

@@ -104,11 +104,17 @@ pub fn page(lines: &[Line], command: &str) -> String {
          processors: a data path that needs more of them leaves less to the two ends.\n\n\
          - `kernel_forwarding`: a Linux router, both ways. `kernel_forwarding_one_way`: answers go straight to the client, as in \
          `dsr`.\n\
-         - `nftables_dnat`: the same router with a `dnat` rule (connection tracking).\n\
-         - `af_packet_*`: the lane in user space, by mode.\n\
+         - `direct`: no machine in between. `nftables_dnat`: the same router with a `dnat` rule (connection tracking). \
+         `haproxy_tcp`: HAProxy in TCP mode, two threads, `splice-auto`.\n\
+         - `af_packet_*`, `tc_*`: a lane, by mode.\n\
          - `tcp_bulk`: one connection, client to server. `udp_packets`: one flow of smallest frames, sent without any pacing, \
          counted where they arrive. `tcp_connections`: 8 clients that connect, exchange a byte, and reset.\n\
-         - `cpu_at_rest`: processor time of the lane's threads while a plan is in force, the lease is renewed and nothing is sent.\n\n\
+         - `wire_packets`: smallest TCP frames of 10 000 established flows from a generator in the kernel, over one veth pair and \
+         back, generator and data path on one processor (the lane in user space has its thread beside it). `xdp_tx_reflector` only swaps \
+         MAC addresses in the driver. Paths above the driver get their frames through an XDP program that passes them.\n\
+         - `plan_change`: from the call that installs a plan in which every one of 1 000 services with 100 backends each has another \
+         table, to its being in force.\n\
+         - `cpu_at_rest`: processor time of the lanes' threads while a plan is in force, the lease is renewed and nothing is sent.\n\n\
          {table}",
         machine = machine(),
         table = table(lines)

@@ -5,21 +5,27 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use komainu_packet::lane::SharedLane;
 use komainu_packet::lane::af_packet::DEFAULT_RING_SLOTS;
 use komainu_tests::bench::measure::Metric;
-use komainu_tests::bench::paths::Stage;
+use komainu_tests::bench::paths::{Stage, large_plan};
 use komainu_tests::bench::report::{self, Line};
+use komainu_tests::bench::wire::{Way, Wire};
 
 const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--runs N] [--ms N] [--slots N]
   --quick   3 runs of half a second each instead of 5 of one second
   --docs    also write docs/benchmarks.md
-  --only    one metric (tcp_bulk, udp_packets, tcp_connections) or one line of the results; writes nothing
+  --only    one metric (tcp_bulk, udp_packets, tcp_connections, wire_packets) or one line of the results; writes nothing
   --runs    rounds
   --ms      milliseconds a run
   --slots   slots of each of the lane's receive rings";
+/// Services, and backends of each, of a large plan.
+const LARGE_PLAN: (u16, u16) = (1000, 100);
+/// Flows of the packets that the kernel generates.
+const WIRE_FLOWS: u32 = 10_000;
 /// Time over which the lane is watched at rest.
 const REST: Duration = Duration::from_secs(3);
 
@@ -50,38 +56,112 @@ fn run(options: &Options) -> Result<()> {
             Some(only) => *only == metric.name() || *only == format!("{}/{path}", metric.name()),
             None => true,
         };
-        let paths: Vec<_> = stage.paths.iter().filter(|p| wanted(p.name)).collect();
+        let paths: Vec<_> =
+            stage.paths.iter().filter(|p| wanted(&p.name) && metric.is_carried_by(p)).collect();
         let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
         for _ in 0..options.runs {
             for path in &paths {
-                values.entry(path.name).or_default().push(metric.measure(&stage.lab, path, options.time)?);
+                values.entry(&path.name).or_default().push(metric.measure(&stage.lab, path, options.time)?);
             }
         }
         for path in &paths {
             let full = |name: &str| format!("{}/{name}", metric.name());
-            let peer = path.peer.and_then(|p| Some((full(p), values.get(p)?.as_slice())));
-            lines.push(Line::new(full(path.name), metric.unit(), &values[path.name], peer));
+            let peers: Vec<_> = path.peers.iter().filter_map(|p| Some((full(p), values.get(p)?))).collect();
+            let ours = &values[path.name.as_str()];
+            if peers.is_empty() {
+                lines.push(Line::new(full(&path.name), metric.unit(), ours, None));
+            }
+            for (name, theirs) in peers {
+                lines.push(Line::new(full(&path.name), metric.unit(), ours, Some((name, theirs))));
+            }
+        }
+    }
+    lines.extend(wire_packets(options)?);
+    if options.only.is_none() {
+        let milliseconds = cpu_at_rest()?;
+        lines.push(Line::new("cpu_at_rest/lanes".into(), "ms/s", &[milliseconds], None));
+        lines.extend(plan_changes(&stage, options.runs)?);
+    }
+    print!("{}", report::table(&lines));
+    for lane in &stage.lanes {
+        let (name, counters) = (lane.kind().as_str(), lane.counters());
+        for (reason, n) in counters.drops.iter().filter(|(_, n)| *n > 0) {
+            println!("lane {name}: {n} frames dropped: {reason}");
+        }
+        if options.only.is_some() {
+            println!("lane {name}: {:?}", counters.events);
         }
     }
     if options.only.is_none() {
-        let milliseconds = cpu_at_rest()?;
-        lines.push(Line::new("cpu_at_rest/af_packet".into(), "ms/s", &[milliseconds], None));
-    }
-    print!("{}", report::table(&lines));
-    for (reason, n) in stage.lane.counters().drops.iter().filter(|(_, n)| *n > 0) {
-        println!("lane: {n} frames dropped: {reason}");
-    }
-    if options.only.is_some() {
-        println!("lane: {:?}", stage.lane.counters().events);
-    } else {
         report::write_json(&lines, Path::new("target/bench/results.json"))?;
         if options.docs {
             fs::create_dir_all("docs")?;
             fs::write("docs/benchmarks.md", report::page(&lines, "make bench ARGS=--docs"))?;
         }
     }
-    stage.lane.stop();
+    for lane in &stage.lanes {
+        lane.stop();
+    }
     Ok(())
+}
+
+/// Milliseconds until a change of every one of many services is in force, by lane.
+fn plan_changes(stage: &Stage, runs: usize) -> Result<Vec<Line>> {
+    let (services, backends) = LARGE_PLAN;
+    let mut values: Vec<Vec<f64>> = vec![Vec::new(); stage.lanes.len()];
+    let mut revision = 10;
+    for _ in 0..runs {
+        for (lane, values) in stage.lanes.iter().zip(&mut values) {
+            // Every table is another one than before.
+            for weight in [1, 2] {
+                revision += 1;
+                let plan = large_plan(revision, services, backends, weight);
+                let start = Instant::now();
+                lane.install(plan)?;
+                let took = start.elapsed();
+                if weight == 2 {
+                    values.push(took.as_secs_f64() * 1000.0);
+                }
+            }
+        }
+    }
+    let full = |lane: &SharedLane| format!("plan_change/{}", lane.kind().as_str());
+    let line = |(lane, values): (&SharedLane, &Vec<f64>)| Line::new(full(lane), "ms", values, None);
+    Ok(stage.lanes.iter().zip(&values).map(line).collect())
+}
+
+/// Packets per second through each data path, from a generator in the kernel.
+fn wire_packets(options: &Options) -> Result<Vec<Line>> {
+    const METRIC: &str = "wire_packets";
+    let full = |name: &str| format!("{METRIC}/{name}");
+    let wanted = |way: &Way| match &options.only {
+        Some(only) => *only == METRIC || *only == full(&way.name()),
+        None => true,
+    };
+    let mut wires = Vec::new();
+    for way in Way::all().into_iter().filter(wanted) {
+        wires.push((way, Wire::build(way, WIRE_FLOWS).with_context(|| full(&way.name()))?, Vec::new()));
+    }
+    for _ in 0..options.runs {
+        for (way, wire, values) in &mut wires {
+            let rate = wire.packets_per_second(options.time).with_context(|| full(&way.name()))?;
+            values.push(rate / 1e6);
+        }
+    }
+    let values = |name: &str| wires.iter().find(|(way, ..)| way.name() == name).map(|(.., values)| values);
+    let mut lines = Vec::new();
+    for (way, _, ours) in &wires {
+        let mut peers = vec![Way::Reflector.name(), Way::Nftables.name()];
+        peers.retain(|p| *p != way.name() && values(p).is_some());
+        if peers.is_empty() {
+            lines.push(Line::new(full(&way.name()), "Mpps", ours, None));
+        }
+        for peer in peers {
+            let theirs = values(&peer).map(|theirs| (full(&peer), theirs.as_slice()));
+            lines.push(Line::new(full(&way.name()), "Mpps", ours, theirs));
+        }
+    }
+    Ok(lines)
 }
 
 /// Processor time that the lane's threads use in a second with nothing to do, in milliseconds.

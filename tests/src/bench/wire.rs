@@ -1,0 +1,342 @@
+//! Packets per second through a data path: frames made in the kernel, sent over one veth pair, counted where they come back.
+//!
+//! The generator is an XDP program run by `BPF_PROG_TEST_RUN` with `BPF_F_TEST_XDP_LIVE_FRAMES` (kernel
+//! `Documentation/bpf/bpf_prog_run.rst`): what it passes to `XDP_TX` leaves by the interface as if it had come in there. It
+//! runs on one processor, and so does whatever the kernel does with its frames; the lane in user space has a thread of its own.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use aya::maps::PerCpuArray;
+use aya::programs::{Xdp, XdpMode};
+use aya::{Ebpf, EbpfLoader};
+use komainu_lab::topology::{HostSpec, LinkSpec, RouteSpec};
+use komainu_lab::{Host, Lab, Topology};
+use komainu_packet::lane::af_packet::AfPacketConfig;
+use komainu_packet::lane::{LaneKind, SharedLane};
+use komainu_packet::plan::{Mode, Protocol};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use super::paths::nft;
+use crate::lane::{self, Renewer};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wire.o"));
+
+const CABLE: &str = "wire";
+const GENERATOR: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 10));
+const BALANCER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
+const BACKEND: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 11));
+const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 100);
+const SNAT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 150));
+/// Sources of the flows, the lower half filled in by the generator: the range for benchmarks (RFC 2544 appendix C.2.2).
+const CLIENTS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
+const PORT: u16 = 80;
+/// Ethernet, IPv4 and TCP headers.
+const HEADERS: usize = 54;
+/// The smallest Ethernet frame without its checksum.
+const FRAME: usize = 60;
+/// Frames for each call of the kernel: a few milliseconds of work.
+const BURST: u32 = 1 << 14;
+/// Frames that the generator makes before it hands them over.
+const BATCH: u32 = 64;
+
+/// A data path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Swaps MAC addresses in the driver and sends: what nothing can be faster than.
+    Reflector,
+    /// The kernel's own address translation.
+    Nftables,
+    /// A lane, in a mode.
+    Lane(LaneKind, Mode),
+}
+
+impl Way {
+    /// All, in the order of the report.
+    pub fn all() -> Vec<Way> {
+        let mut ways = vec![Way::Reflector, Way::Nftables];
+        for kind in [LaneKind::AfPacket, LaneKind::Tc, LaneKind::Xdp] {
+            ways.extend([Mode::Dsr, Mode::Nat, Mode::NatTransparent].map(|mode| Way::Lane(kind, mode)));
+        }
+        ways
+    }
+
+    /// Name in the results.
+    pub fn name(self) -> String {
+        match self {
+            Way::Reflector => "xdp_tx_reflector".to_owned(),
+            Way::Nftables => super::paths::NFT.to_owned(),
+            Way::Lane(kind, mode) => {
+                let mode = match mode {
+                    Mode::Dsr => "dsr",
+                    Mode::Nat => "nat",
+                    Mode::NatTransparent => "nat_transparent",
+                };
+                format!("{}_{mode}", kind.as_str())
+            }
+        }
+    }
+}
+
+/// One data path with generator and counter around it.
+pub struct Wire {
+    lab: Lab,
+    programs: Ebpf,
+    _lane: Option<(SharedLane, Renewer)>,
+}
+
+impl Wire {
+    /// Builds it for `flows` flows (1..=2^31) of established TCP.
+    ///
+    /// # Errors
+    /// Missing privileges or tools, or a refusal of the kernel.
+    pub fn build(way: Way, flows: u32) -> Result<Wire> {
+        let lab = Lab::build(&topology()).context("build the network namespaces")?;
+        let (generator, balancer) = (lab.host("gen"), lab.host("lb"));
+        balancer.set_neighbour(CABLE, BACKEND, generator.on(CABLE).mac)?;
+        balancer.set_neighbour(CABLE, GENERATOR, generator.on(CABLE).mac)?;
+        let template = template(generator.on(CABLE).mac, balancer.on(CABLE).mac);
+        let mut programs = EbpfLoader::new()
+            .override_global("template", &template, true)
+            .override_global("flows", &flows, true)
+            .load(OBJECT)
+            .context("load the generator")?;
+        attach(&mut programs, "count", generator)?;
+        load(&mut programs, "generate")?;
+        let lane = match way {
+            Way::Reflector => {
+                attach(&mut programs, "reflect", balancer)?;
+                None
+            }
+            Way::Nftables => {
+                attach(&mut programs, "pass", balancer)?;
+                balancer.sysctl("ipv4/ip_forward", "1")?;
+                for key in ["all", "eth0"] {
+                    balancer.sysctl(&format!("ipv4/conf/{key}/send_redirects"), "0")?;
+                }
+                nft(
+                    balancer,
+                    &format!(
+                        "add table ip bench\n\
+                         add chain ip bench pre {{ type nat hook prerouting priority dstnat; }}\n\
+                         add rule ip bench pre ip daddr {VIP} tcp dport {PORT} dnat to {BACKEND}\n"
+                    ),
+                )?;
+                None
+            }
+            Way::Lane(kind, mode) => {
+                if kind != LaneKind::Xdp {
+                    attach(&mut programs, "pass", balancer)?;
+                }
+                let lane = balancer
+                    .run(|| komainu_packet::lane::start(kind, AfPacketConfig::new("eth0", None)))
+                    .with_context(|| format!("start the lane {}", kind.as_str()))?;
+                let mut plan = lane::plan(1, &[VIP.into()], &[], &[SNAT]);
+                lane::add_service(&mut plan, VIP.into(), PORT, Protocol::Tcp, mode, &[BACKEND]);
+                lane.install(plan)?;
+                let renewer = Renewer::start(Arc::clone(&lane));
+                Some((lane, renewer))
+            }
+        };
+        Ok(Wire { lab, programs, _lane: lane })
+    }
+
+    /// Sends for `time` and says how many packets came through each second.
+    ///
+    /// # Errors
+    /// The kernel refuses to generate, or nothing comes through.
+    pub fn packets_per_second(&mut self, time: Duration) -> Result<f64> {
+        let program: &Xdp = self.programs.program("generate").context("no generator")?.try_into()?;
+        let program = program.fd()?.as_fd().as_raw_fd();
+        let interface = self.lab.host("gen").on(CABLE).index;
+        let counted = || -> Result<u64> {
+            let map = self.programs.map("counted").context("no counter")?;
+            Ok(PerCpuArray::<_, u64>::try_from(map)?.get(&0, 0)?.iter().sum())
+        };
+        let run = |time: Duration| {
+            self.lab.host("gen").run(move || -> Result<Duration> {
+                // One processor for generator and data path alike, so that no other one helps unseen.
+                let mut one = CpuSet::new();
+                one.set(0)?;
+                sched_setaffinity(Pid::from_raw(0), &one)?;
+                let start = Instant::now();
+                while start.elapsed() < time {
+                    burst(program, interface)?;
+                }
+                Ok(start.elapsed())
+            })
+        };
+        // Neighbours, flows and caches first.
+        run(time / 4)?;
+        let before = counted()?;
+        let took = run(time)?;
+        let packets = counted()? - before;
+        if packets == 0 {
+            bail!("nothing comes through");
+        }
+        Ok(packets as f64 / took.as_secs_f64())
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        if let Some((lane, _)) = &self._lane {
+            lane.stop();
+        }
+    }
+}
+
+fn load<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
+    let program: &mut Xdp = programs.program_mut(name).context("no such program")?.try_into()?;
+    program.load().with_context(|| format!("load the program {name}"))?;
+    Ok(program)
+}
+
+fn attach(programs: &mut Ebpf, name: &str, host: &Host) -> Result<()> {
+    let program = load(programs, name)?;
+    let index = host.on(CABLE).index;
+    host.run(|| program.attach_to_if_index(index, XdpMode::Driver))
+        .with_context(|| format!("attach the program {name} in {}", host.name()))?;
+    Ok(())
+}
+
+fn topology() -> Topology {
+    let host = |name: &str, address, routes| HostSpec {
+        name: name.to_owned(),
+        links: vec![LinkSpec {
+            segment: CABLE.to_owned(),
+            interface: "eth0".to_owned(),
+            addresses: vec![(address, 24)],
+            mtu: None,
+        }],
+        routes,
+        ..HostSpec::default()
+    };
+    Topology {
+        cables: vec![CABLE.to_owned()],
+        hosts: vec![
+            host("gen", GENERATOR, vec![]),
+            host("lb", BALANCER, vec![RouteSpec::default_via(GENERATOR)]),
+        ],
+        ..Topology::default()
+    }
+}
+
+/// Headers of an ACK of an established connection from the first client port, with right checksums.
+fn template(from: [u8; 6], to: [u8; 6]) -> [u8; HEADERS] {
+    let mut t = [0; HEADERS];
+    t[..6].copy_from_slice(&to);
+    t[6..12].copy_from_slice(&from);
+    t[12..14].copy_from_slice(&0x0800u16.to_be_bytes());
+    let length = (FRAME - 14) as u16;
+    t[14] = 0x45;
+    t[16..18].copy_from_slice(&length.to_be_bytes());
+    t[20] = 0x40; // Don't fragment.
+    t[22] = 64;
+    t[23] = 6;
+    t[26..30].copy_from_slice(&CLIENTS.octets());
+    t[30..34].copy_from_slice(&VIP.octets());
+    t[36..38].copy_from_slice(&PORT.to_be_bytes());
+    t[38..46].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0, 1]);
+    t[46] = 5 << 4;
+    t[47] = 0x10; // ACK
+    t[48..50].copy_from_slice(&0xffffu16.to_be_bytes());
+    // What the generator varies sums up to all ones in both headers (see wire.c), which is nothing in one's complement.
+    t[28..30].copy_from_slice(&[0, 0]);
+    let header = !sum(&t[14..34], 0);
+    t[24..26].copy_from_slice(&header.to_be_bytes());
+    let pseudo = u32::from(sum(&t[26..34], 6 + u32::from(length) - 20));
+    let segment = !sum(&t[34..54], pseudo);
+    t[50..52].copy_from_slice(&segment.to_be_bytes());
+    t
+}
+
+/// One's complement sum (RFC 1071).
+fn sum(bytes: &[u8], start: u32) -> u16 {
+    let mut sum = start;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// The part of `union bpf_attr` that `BPF_PROG_TEST_RUN` reads (bpf(2), `linux/bpf.h`).
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    padding: u32,
+}
+
+/// `struct xdp_md`.
+#[repr(C)]
+#[derive(Default)]
+struct XdpMd {
+    data: u32,
+    data_end: u32,
+    data_meta: u32,
+    ingress_ifindex: u32,
+    rx_queue_index: u32,
+    egress_ifindex: u32,
+}
+
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
+const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 2;
+
+/// Has the kernel generate [`BURST`] frames, as if they had come in by `interface`.
+#[allow(unsafe_code)]
+fn burst(program: i32, interface: u32) -> Result<()> {
+    let frame = [0u8; FRAME];
+    let context = XdpMd { data_end: FRAME as u32, ingress_ifindex: interface, ..XdpMd::default() };
+    let mut attr = TestRun {
+        prog_fd: program as u32,
+        data_size_in: FRAME as u32,
+        data_in: frame.as_ptr() as u64,
+        repeat: BURST,
+        ctx_size_in: std::mem::size_of::<XdpMd>() as u32,
+        ctx_in: (&raw const context) as u64,
+        flags: BPF_F_TEST_XDP_LIVE_FRAMES,
+        batch_size: BATCH,
+        ..TestRun::default()
+    };
+    // SAFETY: `attr` has the layout that the command reads, of the size told; the pointers in it live until after the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, std::mem::size_of::<TestRun>()) };
+    if result < 0 {
+        return Err(std::io::Error::last_os_error()).context("generate frames (needs Linux 5.18)");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_sums_to_nothing() {
+        let t = template([2; 6], [4; 6]);
+        assert_eq!(sum(&t[14..34], 0), 0xffff);
+        assert_eq!(sum(&t[34..54], u32::from(sum(&t[26..34], 6 + 26))), 0xffff);
+    }
+}
