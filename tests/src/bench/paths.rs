@@ -142,7 +142,8 @@ impl Stage {
         let haproxy = haproxy(&lab)?;
         let (mut lanes, mut renewers) = (Vec::new(), Vec::new());
         for rig in RIGS {
-            let config = AfPacketConfig { ring_slots, ..AfPacketConfig::new("eth0", Some("eth1".to_owned())) };
+            let config =
+                AfPacketConfig { ring_slots, ..AfPacketConfig::new("eth0", Some("eth1".to_owned())) };
             let lane = lane::start(&lab, rig.host, rig.kind, config)
                 .with_context(|| format!("start the lane {}", rig.kind.as_str()))?;
             let (vip, inside_vip) = (rig.vip(), rig.inside_vip());
@@ -180,15 +181,16 @@ pub fn large_plan(revision: u64, services: u16, backends: u16, weight: u32) -> P
 }
 
 fn paths() -> Vec<Path> {
-    let path = |name: &str, peers: &[&'static str], server, from, to: (IpAddr, u16), listen: (IpAddr, u16)| Path {
-        name: name.to_owned(),
-        peers: peers.to_vec(),
-        server,
-        from,
-        to: to.into(),
-        listen: listen.into(),
-        tcp_only: false,
-    };
+    let path =
+        |name: &str, peers: &[&'static str], server, from, to: (IpAddr, u16), listen: (IpAddr, u16)| Path {
+            name: name.to_owned(),
+            peers: peers.to_vec(),
+            server,
+            from,
+            to: to.into(),
+            listen: listen.into(),
+            tcp_only: false,
+        };
     let mut paths = vec![
         path(DIRECT, &[], "be1", CLIENT, (BE1, 5009), (BE1, 5009)),
         path(KERNEL, &[DIRECT], "bi1", CLIENT_OF_ROUTER, (BI1, 5010), (BI1, 5010)),
@@ -265,14 +267,14 @@ fn haproxy(lab: &Lab) -> Result<Process> {
     std::fs::write(
         &config,
         format!(
-            "global\n    maxconn 20000\n    nbthread 2\n\
+            "global\n    maxconn 4000\n    nbthread 2\n\
              defaults\n    mode tcp\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n    option splice-auto\n\
              listen bench\n    bind {}:{PORT_HAPROXY}\n    server bi1 {BI1}:{PORT_HAPROXY}\n",
             HAPROXY[0]
         ),
     )?;
     let mut command = Command::new("haproxy");
-    command.arg("-db").arg("-q").arg("-f").arg(&config);
+    command.arg("-db").arg("-f").arg(&config);
     let process = lab
         .host("hapr")
         .start("haproxy", command, &lab.dir().join("haproxy.log"))
@@ -281,7 +283,8 @@ fn haproxy(lab: &Lab) -> Result<Process> {
     let end = Instant::now() + Duration::from_secs(5);
     while lab.host("client").run(|| TcpStream::connect((HAPROXY[0], PORT_HAPROXY))).is_err() {
         if Instant::now() > end {
-            bail!("haproxy does not listen: see {}", lab.dir().join("haproxy.log").display());
+            let log = std::fs::read_to_string(process.log()).unwrap_or_default();
+            bail!("haproxy does not listen: {log}");
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -86,7 +86,7 @@ impl Way {
 pub struct Wire {
     lab: Lab,
     programs: Ebpf,
-    _lane: Option<(SharedLane, Renewer)>,
+    lane: Option<(SharedLane, Renewer)>,
 }
 
 impl Wire {
@@ -142,7 +142,7 @@ impl Wire {
                 Some((lane, renewer))
             }
         };
-        Ok(Wire { lab, programs, _lane: lane })
+        Ok(Wire { lab, programs, lane: lane })
     }
 
     /// Sends for `time` and says how many packets came through each second.
@@ -176,7 +176,8 @@ impl Wire {
         let took = run(time)?;
         let packets = counted()? - before;
         if packets == 0 {
-            bail!("nothing comes through");
+            let counters = self.lane.as_ref().map(|(lane, _)| lane.counters());
+            bail!("nothing comes through: {counters:?}");
         }
         Ok(packets as f64 / took.as_secs_f64())
     }
@@ -184,7 +185,7 @@ impl Wire {
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        if let Some((lane, _)) = &self._lane {
+        if let Some((lane, _)) = &self.lane {
             lane.stop();
         }
     }
@@ -321,8 +322,9 @@ fn burst(program: i32, interface: u32) -> Result<()> {
         ..TestRun::default()
     };
     // SAFETY: `attr` has the layout that the command reads, of the size told; the pointers in it live until after the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, std::mem::size_of::<TestRun>()) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, std::mem::size_of::<TestRun>())
+    };
     if result < 0 {
         return Err(std::io::Error::last_os_error()).context("generate frames (needs Linux 5.18)");
     }

@@ -24,6 +24,8 @@ const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--r
   --slots   slots of each of the lane's receive rings";
 /// Services, and backends of each, of a large plan.
 const LARGE_PLAN: (u16, u16) = (1000, 100);
+/// Name of [`wire_packets`] in the results.
+const WIRE_METRIC: &str = "wire_packets";
 /// Flows of the packets that the kernel generates.
 const WIRE_FLOWS: u32 = 10_000;
 /// Time over which the lane is watched at rest.
@@ -49,7 +51,37 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let stage = Stage::build(options.slots)?;
+    let mut lines = Vec::new();
+    if options.only.as_deref().is_none_or(|only| !only.starts_with(WIRE_METRIC)) {
+        let stage = Stage::build(options.slots)?;
+        lines.extend(end_to_end(&stage, options)?);
+        if options.only.is_none() {
+            let milliseconds = cpu_at_rest()?;
+            lines.push(Line::new("cpu_at_rest/lanes".into(), "ms/s", &[milliseconds], None));
+            lines.extend(plan_changes(&stage, options.runs)?);
+        }
+        for lane in &stage.lanes {
+            let (name, counters) = (lane.kind().as_str(), lane.counters());
+            for (reason, n) in counters.drops.iter().filter(|(_, n)| *n > 0) {
+                println!("lane {name}: {n} frames dropped: {reason}");
+            }
+            lane.stop();
+        }
+    }
+    lines.extend(wire_packets(options)?);
+    print!("{}", report::table(&lines));
+    if options.only.is_none() {
+        report::write_json(&lines, Path::new("target/bench/results.json"))?;
+        if options.docs {
+            fs::create_dir_all("docs")?;
+            fs::write("docs/benchmarks.md", report::page(&lines, "make bench ARGS=--docs"))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a client and a server see, through every path.
+fn end_to_end(stage: &Stage, options: &Options) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
     for metric in Metric::ALL {
         let wanted = |path: &str| match &options.only {
@@ -76,33 +108,7 @@ fn run(options: &Options) -> Result<()> {
             }
         }
     }
-    lines.extend(wire_packets(options)?);
-    if options.only.is_none() {
-        let milliseconds = cpu_at_rest()?;
-        lines.push(Line::new("cpu_at_rest/lanes".into(), "ms/s", &[milliseconds], None));
-        lines.extend(plan_changes(&stage, options.runs)?);
-    }
-    print!("{}", report::table(&lines));
-    for lane in &stage.lanes {
-        let (name, counters) = (lane.kind().as_str(), lane.counters());
-        for (reason, n) in counters.drops.iter().filter(|(_, n)| *n > 0) {
-            println!("lane {name}: {n} frames dropped: {reason}");
-        }
-        if options.only.is_some() {
-            println!("lane {name}: {:?}", counters.events);
-        }
-    }
-    if options.only.is_none() {
-        report::write_json(&lines, Path::new("target/bench/results.json"))?;
-        if options.docs {
-            fs::create_dir_all("docs")?;
-            fs::write("docs/benchmarks.md", report::page(&lines, "make bench ARGS=--docs"))?;
-        }
-    }
-    for lane in &stage.lanes {
-        lane.stop();
-    }
-    Ok(())
+    Ok(lines)
 }
 
 /// Milliseconds until a change of every one of many services is in force, by lane.
@@ -132,10 +138,9 @@ fn plan_changes(stage: &Stage, runs: usize) -> Result<Vec<Line>> {
 
 /// Packets per second through each data path, from a generator in the kernel.
 fn wire_packets(options: &Options) -> Result<Vec<Line>> {
-    const METRIC: &str = "wire_packets";
-    let full = |name: &str| format!("{METRIC}/{name}");
+    let full = |name: &str| format!("{WIRE_METRIC}/{name}");
     let wanted = |way: &Way| match &options.only {
-        Some(only) => *only == METRIC || *only == full(&way.name()),
+        Some(only) => *only == WIRE_METRIC || *only == full(&way.name()),
         None => true,
     };
     let mut wires = Vec::new();
