@@ -264,16 +264,28 @@ impl WireLog {
             .join("\n")
     }
 
-    /// Stretches of time in which one host claimed `vip`, in order: host, first claim, last claim.
-    pub fn runs(&self, vip: IpAddr) -> Vec<(String, Instant, Instant)> {
-        let mut runs: Vec<(String, Instant, Instant)> = Vec::new();
+    /// Stretches of time in which a host claimed `vip` with no pause longer than `pause`, by their beginnings: host, first
+    /// claim, last claim. Stretches of two hosts may overlap.
+    pub fn stretches(&self, vip: IpAddr, pause: Duration) -> Vec<(String, Instant, Instant)> {
+        let mut all: Vec<(String, Instant, Instant)> = Vec::new();
         for claim in self.claims.iter().filter(|c| c.vip == vip) {
-            match runs.last_mut() {
-                Some(run) if run.0 == claim.host => run.2 = claim.at,
-                _ => runs.push((claim.host.clone(), claim.at, claim.at)),
+            match all.iter_mut().rev().find(|s| s.0 == claim.host) {
+                Some(stretch) if claim.at.saturating_duration_since(stretch.2) <= pause => {
+                    stretch.2 = claim.at
+                }
+                _ => all.push((claim.host.clone(), claim.at, claim.at)),
             }
         }
-        runs
+        all
+    }
+
+    /// Longest time that any one VIP was claimed by two hosts, in ms, rounded up.
+    pub fn worst_two_owners_ms(&self) -> u64 {
+        let mut by_vip: BTreeMap<IpAddr, Duration> = BTreeMap::new();
+        for overlap in self.overlaps() {
+            *by_vip.entry(overlap.vip).or_default() += overlap.to - overlap.from;
+        }
+        by_vip.values().max().map_or(0, |worst| worst.as_micros().div_ceil(1000) as u64)
     }
 
     /// Last claim of `host`, to any VIP.
@@ -461,6 +473,24 @@ mod tests {
         assert_eq!(both.overlaps().len(), 4);
         // From b's first claim to the last of a's run that b interrupted, piece by piece.
         assert_eq!(both.two_owners_ms(), 4 + 1 + 4 + 1);
+    }
+
+    #[test]
+    fn stretches_of_two_hosts_may_overlap_and_a_vip_of_two_counts_once() {
+        let both = log(&[(0, "a"), (5, "a"), (6, "b"), (10, "a"), (11, "b"), (200, "b")]);
+        let ms = |t: Instant| (t - both.started).as_millis();
+        let vip = both.claims[0].vip;
+        let seen: Vec<_> = both
+            .stretches(vip, Duration::from_millis(50))
+            .into_iter()
+            .map(|(host, from, to)| (host, ms(from), ms(to)))
+            .collect();
+        assert_eq!(seen, [("a".to_owned(), 0, 10), ("b".to_owned(), 6, 11), ("b".to_owned(), 200, 200)]);
+        let mut two = both.clone();
+        two.claims
+            .extend(both.claims.iter().map(|c| Claim { vip: "192.0.2.150".parse().unwrap(), ..c.clone() }));
+        assert_eq!(two.worst_two_owners_ms(), both.two_owners_ms());
+        assert_eq!(two.two_owners_ms(), 2 * both.two_owners_ms());
     }
 
     #[test]

@@ -29,6 +29,8 @@ use crate::PROBE;
 const NODES: [(&str, u8); 2] = [("lb1", 150), ("lb2", 100)];
 /// Backends behind the one service.
 const BACKENDS: u8 = 3;
+/// Time for flows to reach the standby.
+const RESYNC: Duration = Duration::from_millis(300);
 /// Lines of a log that are shown.
 const LOG_TAIL: usize = 20;
 
@@ -258,7 +260,14 @@ impl Contender for Keepalived {
         Ok(owner)
     }
 
-    fn calm(&mut self, _: &str) {}
+    fn calm(&mut self, owner: &str) {
+        // What it asked for at its start may have met a link that was not up yet.
+        for (node, _) in NODES.iter().filter(|(node, _)| *node != owner) {
+            let config = self.node(node).dir.join("conntrackd.conf").display().to_string();
+            let _ = self.tool(node, "conntrackd", &["-C", &config, "-n"]);
+        }
+        std::thread::sleep(RESYNC);
+    }
 
     fn kill(&mut self, node: &str) -> Instant {
         let at = Instant::now();
@@ -297,6 +306,9 @@ impl Contender for Keepalived {
             self.node_mut(node).sync = Some(process);
         }
         if self.node(node).vrrp.is_none() {
+            // It would take whoever has its old number for itself.
+            let _ = std::fs::remove_file(dir.join("keepalived.pid"));
+            let _ = std::fs::remove_file(dir.join("vrrp.pid"));
             let mut command = Command::new("keepalived");
             command.args(["--dont-fork", "--log-console", "--vrrp", "--use-file", &file("keepalived.conf")]);
             command.args(["--pid", &file("keepalived.pid"), "--vrrp_pid", &file("vrrp.pid")]);

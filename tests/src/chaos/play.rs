@@ -58,6 +58,8 @@ pub struct Scene<'a> {
     pub round: usize,
     /// What was not as it should be.
     pub wrong: Vec<String>,
+    /// What else is worth knowing.
+    pub notes: Vec<String>,
 }
 
 impl Scene<'_> {
@@ -235,9 +237,6 @@ impl Scene<'_> {
         }
         std::thread::sleep(Duration::from_millis(500));
         for node in &nodes {
-            self.side.forget(node)?;
-        }
-        for node in &nodes {
             self.side.boot(node)?;
         }
         self.dwell(Duration::from_secs(1))
@@ -330,8 +329,11 @@ impl Scene<'_> {
         let filler = dir.join("filler");
         self.at = Instant::now();
         fill(&filler)?;
-        let changed = self.change_document();
-        let result = changed.and_then(|()| self.dwell(BAD_DISK));
+        // The leader may be the one that can't write: then whoever applies need not get an answer.
+        if let Err(e) = self.change_document() {
+            self.notes.push(format!("{e:#}"));
+        }
+        let result = self.dwell(BAD_DISK);
         fs::remove_file(&filler).context("make room again")?;
         result?;
         // A node that failed to write once does not trust its store any more until it starts again.

@@ -31,6 +31,8 @@ const ROLL_LIMIT: Duration = Duration::from_secs(8);
 const SINGLE_FOR: Duration = Duration::from_millis(150);
 /// Gaps of the client that are kept.
 const MAX_GAPS: usize = 12;
+/// A host that is silent for longer than this does not answer: it is asked every few milliseconds.
+const STRETCH_PAUSE: Duration = Duration::from_millis(30);
 /// Stretches of the time line that are kept.
 const MAX_STRETCHES: usize = 60;
 
@@ -92,7 +94,7 @@ pub struct Round {
     pub tcp_failures: Vec<String>,
     /// Long-lived connections.
     pub crowds: Vec<CrowdResult>,
-    /// Time in which two hosts answered for one address.
+    /// Longest time that two hosts answered for one address.
     pub two_owners_ms: u64,
     /// Who answered for the VIP when.
     pub wire: Vec<Stretch>,
@@ -100,6 +102,8 @@ pub struct Round {
     pub drops: BTreeMap<String, u64>,
     /// What was not as it must be.
     pub wrong: Vec<String>,
+    /// What else is worth knowing.
+    pub notes: Vec<String>,
 }
 
 /// What stays from round to round of one case.
@@ -167,10 +171,12 @@ impl Measure {
             at: Instant::now(),
             round: number,
             wrong: Vec::new(),
+            notes: Vec::new(),
         };
         let played = scene.play(case);
         let at = scene.at;
         round.wrong.append(&mut scene.wrong);
+        round.notes.append(&mut scene.notes);
         let mended = played.and_then(|()| {
             single_owner(&watch, vip)?;
             side.settle().context("after the fault was mended")
@@ -200,7 +206,7 @@ impl Measure {
         round.tcp_gap_ms = churned.longest_gap.as_millis() as u64;
         (round.tcp_begun, round.tcp_failed) = (churned.begun, churned.failed);
         round.tcp_failures = churned.failures;
-        round.two_owners_ms = wire.two_owners_ms();
+        round.two_owners_ms = wire.worst_two_owners_ms();
         round.wire = stretches(&wire, vip, at);
         mended.map(drop)
     }
@@ -239,6 +245,6 @@ fn since(at: Instant, t: Instant) -> i64 {
 }
 
 fn stretches(wire: &WireLog, vip: IpAddr, at: Instant) -> Vec<Stretch> {
-    let runs = wire.runs(vip).into_iter().take(MAX_STRETCHES);
-    runs.map(|(host, from, to)| Stretch { host, from_ms: since(at, from), to_ms: since(at, to) }).collect()
+    let all = wire.stretches(vip, STRETCH_PAUSE).into_iter().take(MAX_STRETCHES);
+    all.map(|(host, from, to)| Stretch { host, from_ms: since(at, from), to_ms: since(at, to) }).collect()
 }
