@@ -11,7 +11,6 @@ endif
 
 QUICK ?=
 FUZZ_SECONDS ?= 600
-CASES ?= 1000000
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 
 .PHONY: help setup demo build test test-fast lint deny bench chaos sim differential fuzz clean
@@ -62,7 +61,7 @@ sim: setup ## the simulated cluster must find every lease rule that is broken on
 	cargo test --package komainu-cluster --lib sim:: -- --include-ignored
 
 differential: setup ## CASES (1000000) random frames at each hook into the kernel's program and the engine: same verdict, bytes, counters
-	KOMAINU_CASES=$(CASES) cargo test --package komainu-tests --test differential -- --nocapture
+	KOMAINU_CASES=$(or $(CASES),1000000) cargo test --package komainu-tests --test differential -- --nocapture
 
 fuzz: setup ## every fuzz target for FUZZ_SECONDS (600) each; needs a nightly toolchain
 	@rustup toolchain list | grep -q '^nightly' || { echo "fuzz: needs a nightly compiler: rustup toolchain install nightly"; exit 1; }

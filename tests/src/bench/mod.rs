@@ -5,10 +5,12 @@
 //! |---|---|
 //! | [`paths`] | the network, and the ways through it |
 //! | [`measure`] | sender and receiver |
+//! | [`program`] | what the program in the kernel costs a packet, without a network |
 //! | [`report`] | results as JSON and as a page |
 //! | [`wire`] | packets per second from a generator in the kernel |
 
 pub mod measure;
 pub mod paths;
+pub mod program;
 pub mod report;
 pub mod wire;

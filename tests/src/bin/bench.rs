@@ -12,13 +12,15 @@ use komainu_packet::lane::SharedLane;
 use komainu_packet::lane::af_packet::DEFAULT_RING_SLOTS;
 use komainu_tests::bench::measure::Metric;
 use komainu_tests::bench::paths::{Stage, large_plan};
+use komainu_tests::bench::program;
 use komainu_tests::bench::report::{self, Line};
 use komainu_tests::bench::wire::{Way, Wire};
 
 const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--runs N] [--ms N] [--slots N]
   --quick   3 runs of half a second each instead of 5 of one second
   --docs    also write docs/benchmarks.md
-  --only    one metric (tcp_bulk, udp_packets, tcp_connections, wire_packets) or one line of the results; writes nothing
+  --only    one metric (program_ns, tcp_bulk, udp_packets, tcp_connections, wire_packets) or one line of the results;
+            writes nothing
   --runs    rounds
   --ms      milliseconds a run
   --slots   slots of each of the lane's receive rings";
@@ -51,7 +53,13 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<()> {
-    let mut lines = Vec::new();
+    let packets = program::packets_in(options.time / 4);
+    if options.only.as_deref() == Some(program::METRIC) {
+        print!("{}", report::table(&program::measure(options.runs, packets)?));
+        return Ok(());
+    }
+    let mut lines =
+        if options.only.is_none() { program::measure(options.runs, packets)? } else { Vec::new() };
     if options.only.as_deref().is_none_or(|only| !only.starts_with(WIRE_METRIC)) {
         let stage = Stage::build(options.slots)?;
         lines.extend(end_to_end(&stage, options)?);
