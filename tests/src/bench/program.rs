@@ -27,7 +27,7 @@ use super::report::Line;
 /// What every line of this part begins with.
 pub const METRIC: &str = "program_ns";
 /// Numbers of flows.
-const FLOWS: [u32; 4] = [1, 10_000, 500_000, 4_000_000];
+pub const FLOWS: [u32; 4] = [1, 10_000, 500_000, 4_000_000];
 const BACKENDS: u32 = 100;
 const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
 const GROUP: u32 = 1;
@@ -37,11 +37,11 @@ const ACK: u8 = 0x10;
 const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
 
-/// Measures everything. `runs` rounds of `packets` packets each.
+/// Measures everything with so many flows each, some of [`FLOWS`]. `runs` rounds of `packets` packets each.
 ///
 /// # Errors
 /// The kernel refuses the program, or the program does something else than forward.
-pub fn measure(runs: usize, packets: u32) -> Result<Vec<Line>> {
+pub fn measure(flows: &[u32], runs: usize, packets: u32) -> Result<Vec<Line>> {
     let harness = Harness::load()?;
     let mut lines = clocks(&harness, runs, packets)?;
     for (mode, v6) in [
@@ -58,7 +58,7 @@ pub fn measure(runs: usize, packets: u32) -> Result<Vec<Line>> {
                 continue;
             }
             let bed = Bed::new(mode, v6, in_transition)?;
-            lines.extend(bed.measure(&harness, runs, packets)?);
+            lines.extend(bed.measure(&harness, flows, runs, packets)?);
         }
     }
     Ok(lines)
@@ -151,7 +151,7 @@ impl Bed {
         Ok(())
     }
 
-    fn measure(&self, harness: &Harness, runs: usize, packets: u32) -> Result<Vec<Line>> {
+    fn measure(&self, harness: &Harness, numbers: &[u32], runs: usize, packets: u32) -> Result<Vec<Line>> {
         let mut lines = Vec::new();
         let mode = match self.mode {
             Mode::Dsr => "dsr",
@@ -161,7 +161,7 @@ impl Bed {
         let family = if self.v6 { "v6" } else { "v4" };
         let state = if self.in_transition { "in_transition" } else { "steady" };
         let mut known = 0;
-        for flows in FLOWS {
+        for &flows in numbers {
             self.remember(known..flows)?;
             known = flows;
             for (kind, flags) in [("established", ACK), ("new", SYN)] {
