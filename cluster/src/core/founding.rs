@@ -13,11 +13,13 @@ use std::time::Duration;
 use raft::eraftpb::{ConfState, HardState};
 
 use super::{Core, Output, new_raft};
+use crate::pulse::PeerView;
 use crate::raft::{Log, Persist};
 use crate::state::{Change, Command, Member, State};
 
-/// How long a node that is supported may be silent before another one is. Far longer than founding takes.
-const STICK: Duration = Duration::from_secs(2);
+/// How long a node that is supported, or that has founded, may be silent before another one takes its place. Far longer than
+/// founding takes, and than a busy machine keeps a process waiting: two clusters never become one by themselves.
+const STICK: Duration = Duration::from_secs(20);
 /// Index and term of the first snapshot: the log begins after it.
 const FIRST: (u64, u64) = (1, 1);
 
@@ -31,15 +33,18 @@ impl Core {
         let configured = self.config.peers.len() + 1;
         let majority = configured / 2 + 1;
         let mut pulse = super::lock(&self.pulse);
-        let present: Vec<_> = pulse
+        let configured_peer = |p: &PeerView| self.config.peers.iter().any(|c| c.id == p.identity.id);
+        // Also one that is silent at the moment: it stands still, and will admit this node when it goes on.
+        let founded = pulse
             .peers()
-            .filter(|p| p.alive && self.config.peers.iter().any(|c| c.id == p.identity.id))
-            .collect();
-        if present.iter().any(|p| p.cluster != 0) || present.len() + 1 < majority {
-            // There is a cluster, which will admit this node; or there are too few to begin one.
-            if present.iter().any(|p| p.cluster != 0) {
-                pulse.set_support(None);
-            }
+            .filter(configured_peer)
+            .any(|p| p.cluster != 0 && (p.alive || p.since_beat < STICK));
+        let present: Vec<_> = pulse.peers().filter(configured_peer).filter(|p| p.alive).collect();
+        if founded {
+            pulse.set_support(None);
+            return;
+        }
+        if present.len() + 1 < majority {
             return;
         }
         let lowest = present.iter().map(|p| p.identity.id).chain([me]).min();

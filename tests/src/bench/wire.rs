@@ -144,7 +144,7 @@ impl Wire {
                 Some((lane, renewer))
             }
         };
-        Ok(Wire { lab, programs, lane: lane })
+        Ok(Wire { lab, programs, lane })
     }
 
     /// Sends for `time` and says how many packets came through each second.
