@@ -50,8 +50,10 @@ impl NextHops for Hops {
     fn lookup(&self, destination: IpAddr) -> NextHop {
         let (net, host) = match destination {
             IpAddr::V4(a) if a.octets()[..2] == [10, 0] => (a.octets()[2].into(), a.octets()[3].into()),
-            IpAddr::V6(a) if a.segments()[..3] == [0xfd00, 0, 0] && a.segments()[4..7] == [0; 3] => {
-                (a.segments()[3], a.segments()[7])
+            IpAddr::V6(a) if a.segments()[..3] == [0xfd00, 0, 0] => {
+                let [.., net, b, c, d, host] = a.segments();
+                // Addresses of a network that nobody has.
+                (net, if (b, c, d) == (0, 0, 0) { host } else { u16::MAX })
             }
             _ => (0, 0),
         };
