@@ -12,6 +12,9 @@
 //! | `build` | plans and frames, those of the fuzz targets |
 //! | `load` | the program by itself: it loads, its types are those of the maps, its hashes those of `hash.rs` |
 
+// All of this is a test: what can't go on fails it.
+#![allow(clippy::unwrap_used)]
+
 #[path = "../../fuzz/src/build.rs"]
 #[allow(dead_code, missing_docs)]
 mod build;

@@ -365,7 +365,7 @@ impl World {
             let action = if self.hook == Hook::Xdp { 2 } else { u32::MAX };
             return Ran { action, frame: frame.to_vec(), ns: 0 };
         }
-        let mut context = vec![0u8; 192];
+        let mut context = [0u8; 192];
         // `gso_segs` and `gso_size` of `struct __sk_buff`.
         context[164..168].copy_from_slice(&u32::from(gso_size > 0).to_ne_bytes());
         context[176..180].copy_from_slice(&u32::from(gso_size).to_ne_bytes());
