@@ -298,6 +298,25 @@ mod tests {
     }
 
     #[test]
+    fn the_routes_that_are_listed_are_those_that_are_looked_up() {
+        let gw = Via::Gateway { index: 1, address: ip("192.0.2.1") };
+        let all = [
+            route("0.0.0.0", 0, 1, gw),
+            route("10.1.0.0", 16, 9, Via::Link { index: 3 }),
+            route("10.1.0.7", 32, 9, Via::Nowhere),
+            route("::", 0, 1, Via::Link { index: 2 }),
+            route("2001:db8::", 32, 9, Via::Link { index: 3 }),
+            route("2001:db8::7", 128, 9, Via::Nowhere),
+        ];
+        let dearer = route("10.1.0.0", 16, 10, Via::Nowhere);
+        let mut listed: Vec<_> = Routes::new(all.into_iter().chain([dearer])).iter().collect();
+        let mut given: Vec<_> = all.iter().map(|r| (r.network, r.prefix_len, r.via)).collect();
+        listed.sort_by_key(|(network, len, _)| (*network, *len));
+        given.sort_by_key(|(network, len, _)| (*network, *len));
+        assert_eq!(listed, given);
+    }
+
+    #[test]
     fn a_route_that_leads_nowhere_hides_a_shorter_one() {
         let snapshot = Snapshot {
             routes: Arc::new(Routes::new([
