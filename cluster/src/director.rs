@@ -76,13 +76,9 @@ impl Director {
         self.transferred_at
     }
 
-    /// A node is to be removed: it gets no group any more.
-    pub fn set_leaving(&mut self, node: NodeId, leaving: bool) {
-        if leaving {
-            self.leaving.insert(node);
-        } else {
-            self.leaving.remove(&node);
-        }
+    /// Nodes that are to be removed: they get no group any more.
+    pub fn set_leaving(&mut self, nodes: BTreeSet<NodeId>) {
+        self.leaving = nodes;
     }
 
     /// Whether a node is being removed.

@@ -124,6 +124,22 @@ impl Timing {
         Ok(())
     }
 
+    /// In which durations another node's differ from these, for people: field, value here, value there. The rules hold
+    /// between nodes that have the same; fractions of a microsecond are no difference.
+    pub fn differences(&self, other: &Timing) -> Vec<(&'static str, String, String)> {
+        let ms = |d: Duration| format!("{}", d.as_micros() as f64 / 1e3);
+        let election = |t: &Timing| format!("[{}, {}]", ms(t.election_min), ms(t.election_max));
+        let both = |f: &dyn Fn(&Timing) -> String| (f(self), f(other));
+        let fields: [(&'static str, (String, String)); 5] = [
+            ("beat_ms", both(&|t| ms(t.beat))),
+            ("lease_ms", both(&|t| ms(t.lease))),
+            ("election_ms", both(&election)),
+            ("drift_ppm", both(&|t| t.drift_ppm.to_string())),
+            ("grace_ms", both(&|t| ms(t.grace))),
+        ];
+        fields.into_iter().filter(|(_, (a, b))| a != b).map(|(field, (a, b))| (field, a, b)).collect()
+    }
+
     /// The longest lease that no promise given for the same beat ends before, whatever the clocks' drift. What a leader that
     /// hands over grants its successor; `lease` is shorter only so that its end is soon.
     pub fn longest_lease(&self) -> Duration {

@@ -68,10 +68,21 @@ pub struct Ticket(pub u64);
 pub enum Request {
     /// Replicate and apply a command.
     Command(Box<Command>),
-    /// Admit a node that isn't in the leader's node file. Done when the cluster knows it; it votes once it has caught up.
-    Join(NodeIdentity),
-    /// Remove a node: its groups are moved away first. Done when it is out of the quorum.
-    Leave(NodeId),
+    /// Admit a node that isn't in the leader's node file. Done when it is a member; it votes once it has caught up. The wish
+    /// is replicated: it outlives whoever asked and whoever leads.
+    Join {
+        /// Which.
+        node: NodeIdentity,
+        /// Who asked, for the events.
+        who: String,
+    },
+    /// Remove a node: its groups are moved away first. Done when it is out of the quorum. The wish is replicated.
+    Leave {
+        /// Which.
+        node: NodeId,
+        /// Who asked, for the events.
+        who: String,
+    },
 }
 
 /// Why a request was not carried out.

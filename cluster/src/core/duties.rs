@@ -70,14 +70,14 @@ impl Core {
                     self.out.push_back(Output::Done { ticket: old.ticket, result: Err(Failure::Lost) });
                 }
             }
-            Request::Join(node) => self.accept_join(node, ticket)?,
-            Request::Leave(node) => self.accept_leave(node, ticket)?,
+            Request::Join { node, who } => self.accept_join(node, who, ticket)?,
+            Request::Leave { node, who } => self.accept_leave(node, who, ticket)?,
         }
         Ok(())
     }
 
     /// What can't come to a good end is refused at once: a join waits until the node is heard.
-    fn accept_join(&mut self, node: NodeIdentity, ticket: Ticket) -> Result<(), Failure> {
+    fn accept_join(&mut self, node: NodeIdentity, who: String, ticket: Ticket) -> Result<(), Failure> {
         let members = || self.state.members.iter().map(|m| &m.node);
         if members().any(|m| *m == node) {
             // Repeated after its answer was lost.
@@ -104,8 +104,8 @@ impl Core {
                 m.id.0, m.name, m.address
             ));
         }
-        if members().count() + self.members.joining().count() >= MAX_MEMBERS
-            && !self.members.joining().any(|n| n == node.id)
+        if members().count() + self.state.joining.iter().filter(|j| j.node.id != node.id).count()
+            >= MAX_MEMBERS
         {
             return impossible(format!(
                 "there are {MAX_MEMBERS} members already, those who are to join included: remove one first"
@@ -118,14 +118,19 @@ impl Core {
                 said.id.0, said.role, said.name, said.address
             ));
         }
-        if let Some(old) = self.members.join(node, ticket) {
+        if self.state.joining.iter().all(|j| j.node != node) {
+            let change = Change::NodeJoin { node: node.clone() };
+            self.propose_for(who, change)?;
+        }
+        if let Some(old) = self.members.join(node.id, ticket) {
             self.out.push_back(Output::Done { ticket: old, result: Err(Failure::Lost) });
         }
         Ok(())
     }
 
-    fn accept_leave(&mut self, node: NodeId, ticket: Ticket) -> Result<(), Failure> {
-        if !self.state.members.iter().any(|m| m.node.id == node) {
+    fn accept_leave(&mut self, node: NodeId, who: String, ticket: Ticket) -> Result<(), Failure> {
+        let awaited = self.state.joining.iter().any(|j| j.node.id == node);
+        if !awaited && !self.state.members.iter().any(|m| m.node.id == node) {
             return Err(Failure::Impossible(format!(
                 "node {} is no member: see `komainu node list`",
                 node.0
@@ -137,6 +142,9 @@ impl Core {
                 "node {} is the only one that votes: stop it instead",
                 node.0
             )));
+        }
+        if awaited || self.state.leaving.iter().all(|l| l.node != node) {
+            self.propose_for(who, Change::NodeLeave { node })?;
         }
         if let Some(old) = self.members.leave(node, ticket) {
             self.out.push_back(Output::Done { ticket: old, result: Err(Failure::Lost) });
@@ -153,10 +161,7 @@ impl Core {
         if self.transfer.is_some() {
             return self.transfer_duty();
         }
-        let leaving: Vec<NodeId> = self.members.leaving().collect();
-        for node in leaving {
-            self.director.set_leaving(node, true);
-        }
+        self.director.set_leaving(self.state.leaving.iter().map(|l| l.node).collect());
         self.members_duty();
         self.ownership_duty();
         self.verdict_duty();
@@ -167,6 +172,12 @@ impl Core {
     pub(super) fn propose_own(&mut self, change: Change) -> bool {
         let command = Command::own(self.now.wall_ms, change);
         self.raft.propose(Vec::new(), command.encode()).is_ok()
+    }
+
+    /// Proposes what an operator asked for.
+    fn propose_for(&mut self, who: String, change: Change) -> Result<(), Failure> {
+        let command = Command { who, ..Command::own(self.now.wall_ms, change) };
+        self.raft.propose(Vec::new(), command.encode()).map_err(|_| Failure::Busy)
     }
 
     fn ownership_duty(&mut self) {

@@ -8,7 +8,6 @@ use komainu_proto::domain::NodeId;
 use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, ConfState};
 
 use super::{Core, Failure, Ticket};
-use crate::api::NodeIdentity;
 use crate::pulse::PeerView;
 use crate::raft::RaftId;
 use crate::state::{Change, Command, MAX_MEMBERS, Member, Outcome};
@@ -24,9 +23,9 @@ const REPEAT: Duration = Duration::from_secs(1);
 /// What is under way.
 #[derive(Debug, Default)]
 pub(super) struct Membership {
-    /// Nodes to be admitted at an operator's request.
-    joining: BTreeMap<NodeId, (NodeIdentity, Ticket)>,
-    /// Nodes to be removed.
+    /// Who waits for a node to be admitted.
+    joining: BTreeMap<NodeId, Ticket>,
+    /// Who waits for a node to be removed.
     leaving: BTreeMap<NodeId, Ticket>,
     corrected_at: Option<Instant>,
     /// While the store is empty: who should found the cluster.
@@ -34,25 +33,17 @@ pub(super) struct Membership {
 }
 
 impl Membership {
-    pub(super) fn join(&mut self, node: NodeIdentity, ticket: Ticket) -> Option<Ticket> {
-        self.joining.insert(node.id, (node, ticket)).map(|(_, old)| old)
+    pub(super) fn join(&mut self, node: NodeId, ticket: Ticket) -> Option<Ticket> {
+        self.joining.insert(node, ticket)
     }
 
     pub(super) fn leave(&mut self, node: NodeId, ticket: Ticket) -> Option<Ticket> {
         self.leaving.insert(node, ticket)
     }
 
-    pub(super) fn joining(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.joining.keys().copied()
-    }
-
-    pub(super) fn leaving(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.leaving.keys().copied()
-    }
-
     /// This node leads no more: what was under way may or may not come to its end.
     pub(super) fn abandon(&mut self) -> Vec<Ticket> {
-        let joining = std::mem::take(&mut self.joining).into_values().map(|(_, t)| t);
+        let joining = std::mem::take(&mut self.joining).into_values();
         joining.chain(std::mem::take(&mut self.leaving).into_values()).collect()
     }
 
@@ -69,7 +60,7 @@ impl Membership {
             |node: NodeId| conf.voters.iter().chain(&conf.learners).any(|id| RaftId(*id).node() == node);
         let joined: Vec<NodeId> = self.joining.keys().copied().filter(|n| member(*n)).collect();
         let left: Vec<NodeId> = self.leaving.keys().copied().filter(|n| !member(*n)).collect();
-        let joined = joined.into_iter().filter_map(|n| self.joining.remove(&n)).map(|(_, t)| t);
+        let joined = joined.into_iter().filter_map(|n| self.joining.remove(&n));
         let tickets: Vec<Ticket> =
             joined.chain(left.into_iter().filter_map(|n| self.leaving.remove(&n))).collect();
         let outcome = Outcome { index, changed: true, ..Outcome::default() };
@@ -113,13 +104,17 @@ impl Core {
         self.conf.voters.iter().chain(&self.conf.learners).map(|id| RaftId(*id))
     }
 
+    fn is_leaving(&self, node: NodeId) -> bool {
+        self.state.leaving.iter().any(|l| l.node == node)
+    }
+
     fn is_learner(&self, id: RaftId) -> bool {
         self.conf.learners.contains(&id.0)
     }
 
     fn to_remove(&self, present: &[PeerView]) -> Option<RaftId> {
         self.members().filter(|id| *id != self.me).find(|id| {
-            if self.members.leaving.contains_key(&id.node()) {
+            if self.is_leaving(id.node()) {
                 // What it was granted must have ended: nobody will remember it.
                 let owns = self.state.groups.iter().any(|g| g.owner == Some(id.node()));
                 return !owns && self.lock().last_grant_to(id.node()) <= self.now.at;
@@ -140,7 +135,7 @@ impl Core {
         let last = self.raft.raft.raft_log.last_index();
         self.is_learner(p.raft_id)
             && p.cluster == self.cluster
-            && !self.members.leaving.contains_key(&p.identity.id)
+            && !self.is_leaving(p.identity.id)
             && self
                 .raft
                 .raft
@@ -151,14 +146,14 @@ impl Core {
 
     fn to_admit(&self, p: &PeerView) -> bool {
         let id = p.identity.id;
-        if self.members().any(|m| m == p.raft_id) || self.members.leaving.contains_key(&id) {
+        if self.members().any(|m| m == p.raft_id) || self.is_leaving(id) {
             return false;
         }
         if self.state.members.len() >= MAX_MEMBERS {
             return false;
         }
         // As what it was asked for: another machine with this number is not meant.
-        let asked_for = self.members.joining.get(&id).is_some_and(|(node, _)| *node == p.identity);
+        let asked_for = self.state.joining.iter().any(|j| j.node == p.identity);
         let member = self.state.members.iter().any(|m| m.node.id == id);
         let configured = self.config.peers.iter().any(|c| c.id == id);
         // One with a store of this cluster whose node is no member was removed, and stays so until an operator asks.

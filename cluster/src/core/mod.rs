@@ -384,9 +384,9 @@ impl Core {
         if message.to != self.me.0 || message.from == self.me.0 {
             return;
         }
-        if self.lock().is_foreign(RaftId(message.from)) {
-            // It admitted this node before that one belonged to a cluster. Two logs that have nothing to do with each
-            // other must not be taken for one.
+        if self.lock().is_shunned(RaftId(message.from)) {
+            // It admitted this node before that one belonged to a cluster: two logs that have nothing to do with each other
+            // must not be taken for one. Or it counts leases and promises by another measure.
             return;
         }
         match message.get_msg_type() {

@@ -10,6 +10,7 @@ use prost::Message as _;
 use crate::api::{NodeIdentity, Observation, SelfHealth};
 use crate::raft::RaftId;
 use crate::time::Instant;
+use crate::timing::Timing;
 
 /// Longest beat in bytes before sealing: fits a datagram on every path that carries IPv6 (RFC 8200 §5), seal included.
 pub const BEAT_MAX_BYTES: usize = 1200;
@@ -45,6 +46,8 @@ pub struct Beat {
     pub identity: NodeIdentity,
     /// Version of the program.
     pub version: String,
+    /// Durations in force at the sender.
+    pub timing: Timing,
     /// Log index that its replicated state has reached.
     pub applied: u64,
     /// Log index that its installed tables have reached.
@@ -170,6 +173,14 @@ impl Beat {
             role: self.identity.role.as_str().to_owned(),
             address: self.identity.address.to_string(),
             version: cut(&self.version),
+            timing: Some(wire::Timing {
+                beat_us: self.timing.beat.as_micros() as u64,
+                lease_us: self.timing.lease.as_micros() as u64,
+                election_min_us: self.timing.election_min.as_micros() as u64,
+                election_max_us: self.timing.election_max.as_micros() as u64,
+                drift_ppm: self.timing.drift_ppm,
+                grace_us: self.timing.grace.as_micros() as u64,
+            }),
             applied: self.applied,
             installed: self.installed,
             health: Some(wire::SelfHealth {
@@ -203,6 +214,7 @@ impl Beat {
         let address: SocketAddr = w.address.parse().map_err(|_| bad("address", &w.address))?;
         let role = w.role.parse().map_err(|_| bad("role", &w.role))?;
         let health = w.health.unwrap_or_default();
+        let t = w.timing.ok_or_else(|| bad("timing", &"absent"))?;
         let held = pairs("held", w.held)?;
         if held.len() != w.held_left_ms.len() {
             return Err(bad("held_left_ms", &w.held_left_ms.len()));
@@ -226,6 +238,14 @@ impl Beat {
             echo: w.echo.map(|e| Echo { instance: e.instance, stamp: Instant(e.sent_ns), term: e.term }),
             identity: NodeIdentity { id: from.node(), name: w.name, role, address },
             version: w.version,
+            timing: Timing {
+                beat: Duration::from_micros(t.beat_us),
+                lease: Duration::from_micros(t.lease_us),
+                election_min: Duration::from_micros(t.election_min_us),
+                election_max: Duration::from_micros(t.election_max_us),
+                drift_ppm: t.drift_ppm,
+                grace: Duration::from_micros(t.grace_us),
+            },
             applied: w.applied,
             installed: w.installed,
             health: SelfHealth {
@@ -312,6 +332,7 @@ mod tests {
                 address: "[2001:db8:1111:2222:3333:4444:5555:6666]:65535".parse().unwrap(),
             },
             version: text.to_owned(),
+            timing: Timing::default(),
             applied: 1 << 40,
             installed: 1 << 40,
             health: SelfHealth {

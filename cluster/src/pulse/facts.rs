@@ -129,9 +129,10 @@ impl Pulse {
         self.store_failed_at.get_or_insert(now);
     }
 
-    /// Whether a Raft id is known to belong to another cluster.
-    pub(crate) fn is_foreign(&self, id: RaftId) -> bool {
+    /// Whether nothing that this node says can be relied upon: it belongs to another cluster, or its durations are others.
+    pub(crate) fn is_shunned(&self, id: RaftId) -> bool {
         self.cluster != 0 && self.foreign.get(&id.node()) == Some(&id)
+            || self.mistimed.contains_key(&id.node())
     }
 
     /// The voters of the configuration in force.

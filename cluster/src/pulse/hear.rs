@@ -48,9 +48,20 @@ impl Pulse {
         if self.cluster != 0 && beat.cluster != 0 && beat.cluster != self.cluster {
             if self.foreign.len() < MAX_PEERS || self.foreign.contains_key(&node) {
                 self.foreign.insert(node, from);
+                self.refused_at.insert(node, self.now);
             }
             return Err(Ignored::OtherCluster);
         }
+        self.foreign.remove(&node);
+        if !self.timing.differences(&beat.timing).is_empty() {
+            if self.mistimed.len() < MAX_PEERS || self.mistimed.contains_key(&node) {
+                self.mistimed.insert(node, (beat.identity.name, beat.timing));
+                self.refused_at.insert(node, self.now);
+            }
+            return Err(Ignored::OtherTiming);
+        }
+        self.mistimed.remove(&node);
+        self.refused_at.remove(&node);
         if !self.peers.contains_key(&node) && self.peers.len() >= MAX_PEERS && !self.forget_a_stranger() {
             return Err(Ignored::TooMany);
         }

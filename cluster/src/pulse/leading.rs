@@ -61,7 +61,13 @@ impl Leading {
         }
     }
 
+    /// The voters are others now. A leader that has not granted anything yet may learn of several changes at once: it counts
+    /// anew, for a lease that rests on a majority of long ago is known to no majority of today.
     pub(super) fn set_voters(&mut self, voters: Vec<RaftId>) {
+        if !self.open && voters != self.voters {
+            self.acked.clear();
+            self.lease_end = Instant::default();
+        }
         self.acked.retain(|id, _| voters.contains(id));
         self.voters = voters;
     }
@@ -202,8 +208,22 @@ mod tests {
     }
 
     #[test]
+    fn a_new_leader_counts_anew_when_the_voters_turn_out_to_be_others() {
+        let mut l = Leading::new(1, at(100), vec![id(1), id(2), id(3)]);
+        l.acknowledge(id(3), at(150), at(200));
+        l.renew(id(1), L, at(200));
+        assert_eq!(l.lease_end, at(230));
+        l.set_voters(vec![id(1), id(2), id(3), id(4), id(5)]);
+        assert_eq!(l.lease_end, at(0));
+        l.acknowledge(id(3), at(190), at(200));
+        l.renew(id(1), L, at(200));
+        assert_eq!(l.lease_end, at(0));
+    }
+
+    #[test]
     fn a_removed_voter_does_not_count() {
         let mut l = Leading::new(1, at(100), vec![id(1), id(2), id(3)]);
+        l.open = true;
         l.acknowledge(id(3), at(150), at(200));
         l.set_voters(vec![id(1), id(2)]);
         l.renew(id(1), L, at(200));

@@ -64,6 +64,8 @@ const DEAF_BEATS: u32 = 2 * SILENT_BEATS;
 /// A leader whose Raft thread has not been seen for so long hangs in a write and decides nothing any more. Far longer than
 /// a busy disk takes: giving way costs an election.
 const UNATTENDED: Duration = Duration::from_secs(5);
+/// A node that this one can't work with is spoken of as long as it is heard, and for so long after.
+const NOTICED: Duration = Duration::from_secs(10);
 /// A node whose store has failed gives way after this, a leader after twice as long: so it hears first whether the others'
 /// have failed, too.
 const FAILED_FOR: Duration = Duration::from_secs(1);
@@ -136,6 +138,8 @@ pub enum Ignored {
     OwnId,
     /// Its store belongs to another cluster.
     OtherCluster,
+    /// Its durations are others than this node's: what the two promise each other would not hold.
+    OtherTiming,
     /// A newer beat of that node came before.
     Old,
     /// Too many nodes.
@@ -171,8 +175,12 @@ pub struct Pulse {
     attended_at: Instant,
     /// Since when the store takes nothing.
     store_failed_at: Option<Instant>,
-    /// Nodes whose beats said that they belong to another cluster.
+    /// Nodes whose newest beat said that they belong to another cluster.
     foreign: BTreeMap<NodeId, RaftId>,
+    /// Nodes whose newest beat said that they have other durations, and which.
+    mistimed: BTreeMap<NodeId, (String, Timing)>,
+    /// When a beat of either was refused last.
+    refused_at: BTreeMap<NodeId, Instant>,
     peers: BTreeMap<NodeId, Peer>,
     holdings: Holdings,
     health: SelfHealth,
@@ -214,6 +222,8 @@ impl Pulse {
             attended_at: now,
             store_failed_at: None,
             foreign: BTreeMap::new(),
+            mistimed: BTreeMap::new(),
+            refused_at: BTreeMap::new(),
             peers: BTreeMap::new(),
             holdings: Holdings::new(config.identity.id, config.timing.grace),
             health: SelfHealth::default(),
@@ -353,6 +363,39 @@ impl Pulse {
     /// Beats not taken in, by reason.
     pub fn ignored(&self) -> impl Iterator<Item = (Ignored, u64)> + '_ {
         self.ignored.iter().map(|(&why, &n)| (why, n))
+    }
+
+    /// What operators must put right: nodes that this one can't work with.
+    pub fn notices(&self) -> Vec<String> {
+        let lately = |id: &NodeId| self.refused_at.get(id).is_some_and(|at| self.now.since(*at) < NOTICED);
+        let mistimed = self.mistimed.iter().filter(|(id, _)| lately(id)).map(|(id, (name, theirs))| {
+            let differ: Vec<String> = self
+                .timing
+                .differences(theirs)
+                .into_iter()
+                .map(|(field, here, there)| format!("{field} is {here} here and {there} there"))
+                .collect();
+            format!(
+                "node {} \"{name}\" has another [timing] than this node ({}), so neither relies on what the other says: \
+                 put the same into both node files and restart the node that was wrong",
+                id.0,
+                differ.join(", ")
+            )
+        });
+        let alone = self.voters == [self.me];
+        let foreign = self.foreign.keys().filter(|id| lately(id)).map(|id| match alone {
+            true => format!(
+                "node {} belongs to another cluster, and this node is alone in the one that it founded: to have it join the \
+                 other, stop it, move its data_dir aside and start it again; what was applied here is then only in what was \
+                 moved aside",
+                id.0
+            ),
+            false => format!(
+                "node {} belongs to another cluster: to have it join this one, stop it, move its data_dir aside and start it again",
+                id.0
+            ),
+        });
+        mistimed.chain(foreign).collect()
     }
 
     fn silent_after(&self) -> Duration {

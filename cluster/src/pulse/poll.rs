@@ -61,6 +61,7 @@ impl Pulse {
             echo: peer.echo,
             identity: self.identity.clone(),
             version: self.version.clone(),
+            timing: self.timing,
             applied: self.applied,
             installed: self.holdings.installed(),
             health: self.health.clone(),

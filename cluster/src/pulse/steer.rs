@@ -46,7 +46,9 @@ impl Pulse {
 
     /// Leadership is to be handed to `target`: grants to all others stop (and with `None` go on again).
     pub(crate) fn hold_grants(&mut self, target: Option<NodeId>) {
-        if let Some(l) = &mut self.leading {
+        if let Some(l) = &mut self.leading
+            && !Rule::RetireFirst.is_broken()
+        {
             l.only_to = target;
         }
     }

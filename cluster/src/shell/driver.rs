@@ -66,6 +66,8 @@ pub(super) struct Driver {
     pub(super) view: watch::Sender<Arc<View>>,
     pub(super) facts: Facts,
     pub(super) notes: Arc<Mutex<Vec<String>>>,
+    /// Notices that were logged and still hold.
+    pub(super) said: Vec<String>,
     /// Requests that wait for their end.
     pub(super) waiting: HashMap<Ticket, oneshot::Sender<Result<Outcome, Failure>>>,
 }
@@ -80,6 +82,7 @@ impl Driver {
             self.carry_out();
             self.waker.wake();
             self.publish();
+            crate::raft::logger::flush();
             if let Some(at) = stop_at
                 && (self.core.has_resigned() || clock::at() >= at)
             {
@@ -171,6 +174,7 @@ impl Driver {
     /// Publishes the view when something in it, but for durations, has changed.
     fn publish(&mut self) {
         let view = self.facts.view(&self.core);
+        self.say_notices();
         self.view.send_if_modified(|old| {
             if view.same_but_for_time(old) {
                 return false;
@@ -178,6 +182,17 @@ impl Driver {
             *old = Arc::new(view);
             true
         });
+    }
+}
+
+impl Driver {
+    /// Logs what has come up since the last time.
+    fn say_notices(&mut self) {
+        let notices = super::lock(&self.core.pulse()).notices();
+        for notice in notices.iter().filter(|n| !self.said.contains(n)) {
+            tracing::warn!("{notice}");
+        }
+        self.said = notices;
     }
 }
 

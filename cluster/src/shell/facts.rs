@@ -55,7 +55,7 @@ impl Facts {
         View {
             members: self.members(state, pulse),
             leases: leases.collect(),
-            notes: super::lock(&self.notes).clone(),
+            notes: super::lock(&self.notes).iter().cloned().chain(pulse.notices()).collect(),
             at,
             ..view.clone()
         }

@@ -143,20 +143,21 @@ impl ClusterHandle {
         self.propose(Change::Switchover { group: group.to_owned(), to }, who).await
     }
 
-    /// Admits a node that isn't in the leader's node file.
+    /// Admits a node that isn't in the leader's node file. Returns when it is a member; after [`ProposeError::Timeout`] the
+    /// wish stands, whoever leads, until the node is heard or told to leave.
     ///
     /// # Errors
     /// See [`ProposeError`].
-    pub async fn join(&self, node: NodeIdentity) -> Result<Outcome, ProposeError> {
-        self.request(Request::Join(node)).await
+    pub async fn join(&self, node: NodeIdentity, who: &str) -> Result<Outcome, ProposeError> {
+        self.request(Request::Join { node, who: who.to_owned() }).await
     }
 
     /// Removes a node from the cluster; its groups are moved away first.
     ///
     /// # Errors
     /// See [`ProposeError`].
-    pub async fn leave(&self, node: NodeId) -> Result<Outcome, ProposeError> {
-        self.request(Request::Leave(node)).await
+    pub async fn leave(&self, node: NodeId, who: &str) -> Result<Outcome, ProposeError> {
+        self.request(Request::Leave { node, who: who.to_owned() }).await
     }
 
     /// What this node knows of the cluster. Changes with the state, the leader, and whoever comes or goes; the durations

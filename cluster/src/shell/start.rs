@@ -169,6 +169,7 @@ fn start_on(
         view,
         facts: facts.clone(),
         notes,
+        said: Vec::new(),
         waiting: HashMap::new(),
     };
     let raft = thread::Builder::new().name("komainu-raft".to_owned()).spawn(move || driver.run());

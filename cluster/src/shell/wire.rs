@@ -21,18 +21,22 @@ pub(super) enum Question {
 /// Encodes a question of node `from`.
 pub(super) fn encode_question(from: NodeId, question: &Question) -> Vec<u8> {
     use wire::question::Question as Q;
+    let who = match question {
+        Question::Request(Request::Join { who, .. } | Request::Leave { who, .. }) => who.clone(),
+        _ => String::new(),
+    };
     let question = match question {
         Question::Request(Request::Command(command)) => Q::Command(command.encode()),
-        Question::Request(Request::Join(node)) => Q::Join(wire::NodeRecord {
+        Question::Request(Request::Join { node, .. }) => Q::Join(wire::NodeRecord {
             id: node.id.0,
             name: node.name.clone(),
             role: node.role.as_str().to_owned(),
             address: node.address.to_string(),
         }),
-        Question::Request(Request::Leave(node)) => Q::Leave(node.0),
+        Question::Request(Request::Leave { node, .. }) => Q::Leave(node.0),
         Question::Query(query) => Q::Query(query.to_vec()),
     };
-    wire::Question { from: from.0, question: Some(question) }.encode_to_vec()
+    wire::Question { from: from.0, who, question: Some(question) }.encode_to_vec()
 }
 
 /// Reads a question: who asks, and what.
@@ -44,13 +48,16 @@ pub(super) fn decode_question(data: &[u8]) -> Result<(NodeId, Question), String>
             let command = Command::decode(&command).map_err(|e| format!("command: {e}"))?;
             Question::Request(Request::Command(Box::new(command)))
         }
-        Q::Join(node) => Question::Request(Request::Join(NodeIdentity {
-            id: NodeId(node.id),
-            name: node.name,
-            role: node.role.parse::<Role>().map_err(|e| format!("join: {e}"))?,
-            address: node.address.parse::<SocketAddr>().map_err(|e| format!("join.address: {e}"))?,
-        })),
-        Q::Leave(node) => Question::Request(Request::Leave(NodeId(node))),
+        Q::Join(node) => {
+            let node = NodeIdentity {
+                id: NodeId(node.id),
+                name: node.name,
+                role: node.role.parse::<Role>().map_err(|e| format!("join: {e}"))?,
+                address: node.address.parse::<SocketAddr>().map_err(|e| format!("join.address: {e}"))?,
+            };
+            Question::Request(Request::Join { node, who: decoded.who })
+        }
+        Q::Leave(node) => Question::Request(Request::Leave { node: NodeId(node), who: decoded.who }),
         Q::Query(query) => Question::Query(query.into()),
     };
     Ok((NodeId(decoded.from), question))
@@ -131,8 +138,8 @@ mod tests {
         let command = Command::own(7, Change::Confirm { revision: 3 });
         for question in [
             Question::Request(Request::Command(Box::new(command))),
-            Question::Request(Request::Join(node)),
-            Question::Request(Request::Leave(NodeId(9))),
+            Question::Request(Request::Join { node, who: "op".to_owned() }),
+            Question::Request(Request::Leave { node: NodeId(9), who: "op".to_owned() }),
             Question::Query(Bytes::from_static(b"x")),
         ] {
             assert_eq!(decode_question(&encode_question(NodeId(1), &question)), Ok((NodeId(1), question)));

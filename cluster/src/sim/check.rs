@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use komainu_proto::domain::{GroupId, NodeId};
 
 use super::machine::{Machine, Time};
+use crate::raft::RaftId;
 use crate::state::State;
+use crate::time::Instant;
 
 /// States kept to compare those of slower nodes with.
 const STATES: usize = 512;
@@ -18,6 +21,8 @@ pub struct Checker {
     epochs: BTreeMap<GroupId, (u64, NodeId)>,
     /// By cluster and index: two clusters have nothing to agree on.
     states: BTreeMap<(u64, u64), Arc<State>>,
+    /// Of each leader: its term, the voters, and when it changed them last.
+    voters: BTreeMap<NodeId, (u64, Vec<RaftId>, Option<Instant>)>,
     /// Revision and author of every change that was acknowledged.
     acknowledged: Vec<(u64, String)>,
 }
@@ -43,6 +48,32 @@ impl Checker {
                 }
                 *highest = (epoch, node);
             }
+        }
+        Ok(())
+    }
+
+    /// A leader changes the voters once in `within` of its clock at most.
+    pub fn voters(
+        &mut self,
+        node: NodeId,
+        core: &crate::core::Core,
+        now: Instant,
+        within: Duration,
+    ) -> Result<(), String> {
+        if !core.is_leader() {
+            self.voters.remove(&node);
+            return Ok(());
+        }
+        let voters: Vec<_> = core.voters().collect();
+        let seen = self.voters.entry(node).or_insert_with(|| (core.term(), voters.clone(), None));
+        if seen.0 != core.term() {
+            *seen = (core.term(), voters, None);
+        } else if seen.1 != voters {
+            if let Some(at) = seen.2.filter(|at| now.since(*at) < within) {
+                let ms = now.since(at).as_millis();
+                return Err(format!("node {} changes the voters twice within {ms} ms", node.0));
+            }
+            *seen = (core.term(), voters, Some(now));
         }
         Ok(())
     }

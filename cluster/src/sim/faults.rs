@@ -344,24 +344,18 @@ mod tests {
     /// Seeds of one `cargo test`.
     const SEEDS: u64 = 200;
 
-    /// The simulation has teeth: each rule, broken, is found within these many seeds. By `cargo test -- --ignored`, for
-    /// some of the rules take their time; those are broken one by one in the tests below, too.
-    #[test]
-    #[ignore = "takes minutes"]
-    fn every_broken_rule_is_found() {
-        const WITHIN: u64 = 20_000;
-        let missed: Vec<Rule> = Rule::ALL
-            .into_iter()
-            .filter(|rule| !is_found(*rule, 1..=WITHIN, |seed| run(seed, false).1))
-            .collect();
-        assert!(missed.is_empty(), "not found: {missed:?}");
-    }
-
+    /// The simulation has teeth: these rules, broken, are found within a few seeds. The others are broken one by one in the
+    /// situations below; `make sim MUTATE=1` looks for all of them in the seeds.
     #[test]
     fn rules_whose_breach_shows_soon() {
-        for rule in
-            [Rule::QuorumLease, Rule::Promise, Rule::ReleaseFirst, Rule::InstalledFirst, Rule::PersistFirst]
-        {
+        for rule in [
+            Rule::QuorumLease,
+            Rule::Promise,
+            Rule::ReleaseFirst,
+            Rule::InstalledFirst,
+            Rule::PersistFirst,
+            Rule::OneStepALease,
+        ] {
             assert!(is_found(rule, 1..=200, |seed| run(seed, false).1), "{rule:?}");
         }
     }
@@ -428,7 +422,7 @@ mod tests {
             if let Some(p) = w.process(leader) {
                 p.pulse.lock().expect("no panic").set_resigning(true);
             }
-            w.run_for(500 * MS)
+            w.run_for(4_000 * MS)
         };
         assert!(is_found(Rule::RetireFirst, 1..=100, run));
     }

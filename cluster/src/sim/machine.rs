@@ -33,6 +33,8 @@ pub struct Machine {
     pub drift_ppm: i64,
     /// What is on disk.
     pub disk: MemoryStore,
+    /// How long every write takes, where that is not the weather's.
+    pub slow_fsync: Option<Time>,
     /// Every write fails from now on.
     pub disk_full: bool,
     /// Leases in the lane: they stay there when the process dies.
@@ -89,6 +91,7 @@ impl Machine {
             boot_offset: 1_000_000_000 * id,
             drift_ppm: 0,
             disk: MemoryStore::new(),
+            slow_fsync: None,
             disk_full: false,
             lane: BTreeMap::new(),
             process: None,

@@ -256,6 +256,82 @@ fn a_datagram_lost_in_a_hand_over_costs_no_client_anything() {
     }
 }
 
+/// N2: answers wait for the disk, and a follower of a pair whose disk was slow made its leader step down.
+#[test]
+fn a_slow_disk_deposes_nobody() {
+    for slow in 1..=2 {
+        let mut w = formed(5, &PAIR_AND_WITNESS[..2], 1);
+        w.run_for(5_000 * MS).unwrap();
+        let (owner, term) = (w.owner(G), w.process(1).unwrap().core.term());
+        w.machine(slow).slow_fsync = Some(900 * MS);
+        for _ in 0..8 {
+            let leader = w.leader().unwrap();
+            w.change(leader, 1).unwrap();
+            assert_eq!(longest_gap(&mut w, 500 * MS), 0, "the disk of n{slow} is slow");
+        }
+        assert_eq!((w.owner(G), w.process(1).unwrap().core.term()), (owner, term));
+    }
+}
+
+/// A node with another lease would rely on promises that nobody gave.
+#[test]
+fn a_node_with_other_durations_is_refused_and_says_so() {
+    use std::time::Duration;
+    let mut w = World::new(2, &PAIR_AND_WITNESS, Timing::default());
+    w.machine(3).timing.lease = Duration::from_millis(100);
+    (1..=3).try_for_each(|id| w.start(id)).unwrap();
+    w.run_for(3_000 * MS).unwrap();
+    let notices = |w: &World, id| w.process(id).unwrap().pulse.lock().unwrap().notices();
+    for id in [1, 2] {
+        assert_eq!(w.process(id).unwrap().core.voters().count(), 2);
+        let [notice] = &notices(&w, id)[..] else { panic!("{:?}", notices(&w, id)) };
+        assert!(
+            notice.contains("node 3 \"n3\"") && notice.contains("lease_ms is 80 here and 100 there"),
+            "{notice}"
+        );
+    }
+    assert!(w.process(3).unwrap().core.is_empty());
+    assert_eq!(notices(&w, 3).len(), 2);
+    // Put right.
+    w.kill(3);
+    w.machine(3).timing = Timing::default();
+    w.start(3).unwrap();
+    w.run_for(2_000 * MS).unwrap();
+    assert_eq!(w.process(3).unwrap().core.voters().count(), 3);
+    assert!((1..=3).all(|id| notices(&w, id).is_empty()));
+}
+
+/// What an operator wants of the membership was forgotten with the leader that he had asked, and so was who he is.
+#[test]
+fn wishes_about_members_outlive_the_leader() {
+    let mut w = formed(2, &PAIR_AND_WITNESS, 1);
+    let four = Machine::new(4, Role::Balancer, &[1, 2, 3, 4], Timing::default());
+    let identity = four.identity.clone();
+    w.machines.insert(4, four);
+    let leader = w.leader().unwrap();
+    w.request(leader, Request::Join { node: identity, who: "ann".to_owned() }).unwrap();
+    w.run_for(50 * MS).unwrap();
+    w.kill(leader);
+    w.run_for(500 * MS).unwrap();
+    w.start(4).unwrap();
+    w.run_for(1_000 * MS).unwrap();
+    assert_eq!(w.process(4).unwrap().core.voters().count(), 4);
+    w.start(leader).unwrap();
+    w.run_for(500 * MS).unwrap();
+    let leader = w.leader().unwrap();
+    let gone = (1..=2).find(|n| *n != leader).unwrap();
+    w.request(leader, Request::Leave { node: NodeId(gone), who: "bob".to_owned() }).unwrap();
+    w.run_for(20 * MS).unwrap();
+    w.kill(leader);
+    w.run_for(1_000 * MS).unwrap();
+    let state = w.process(4).unwrap().core.state().clone();
+    assert!(state.member(NodeId(gone)).is_none() && state.joining.is_empty() && state.leaving.is_empty());
+    let said = |who: &str, text: &str| state.events.iter().any(|e| e.who == who && e.text.contains(text));
+    assert!(
+        said("ann", "to join") && said("ann", "joined") && said("bob", "to leave") && said("bob", "left")
+    );
+}
+
 /// A machine with a slow disk and a busy processor: whatever takes longer, the old owner goes on forwarding.
 #[test]
 fn stopping_the_owner_on_a_busy_machine_loses_no_datagram() {
@@ -368,14 +444,14 @@ fn nodes_join_and_leave_while_running() {
     w.run_for(500 * MS).unwrap();
     assert_eq!(w.process(1).unwrap().core.voters().count(), 3, "nobody asked for it");
     let leader = w.leader().unwrap();
-    w.request(leader, Request::Join(identity)).unwrap();
+    w.request(leader, Request::Join { node: identity, who: "operator".to_owned() }).unwrap();
     w.run_for(1_000 * MS).unwrap();
     assert_eq!(w.process(4).unwrap().core.voters().count(), 4);
     // The two first balancers leave, whoever of them leads.
     for gone in [1, 2] {
         for _ in 0..3 {
             let leader = w.leader().unwrap();
-            w.request(leader, Request::Leave(NodeId(gone))).unwrap();
+            w.request(leader, Request::Leave { node: NodeId(gone), who: "operator".to_owned() }).unwrap();
             w.run_for(3_000 * MS).unwrap();
         }
         assert!(
@@ -403,15 +479,15 @@ fn a_node_joins_only_as_what_the_operator_asked_for() {
     let otherwise = NodeIdentity { role: Role::Witness, ..as_it_is.clone() };
     // Asked for before it is heard, and after.
     let leader = w.leader().unwrap();
-    w.request(leader, Request::Join(otherwise.clone())).unwrap();
+    w.request(leader, Request::Join { node: otherwise.clone(), who: "operator".to_owned() }).unwrap();
     w.start(4).unwrap();
     w.run_for(1_000 * MS).unwrap();
-    w.request(leader, Request::Join(otherwise)).unwrap();
+    w.request(leader, Request::Join { node: otherwise, who: "operator".to_owned() }).unwrap();
     w.run_for(1_000 * MS).unwrap();
     assert_eq!(voters(&w), 3);
     // Once right, twice: the second time there is nothing left to do.
     for _ in 0..2 {
-        w.request(leader, Request::Join(as_it_is.clone())).unwrap();
+        w.request(leader, Request::Join { node: as_it_is.clone(), who: "operator".to_owned() }).unwrap();
         w.run_for(1_000 * MS).unwrap();
         assert_eq!(voters(&w), 4);
     }
@@ -508,6 +584,9 @@ fn two_clusters_with_one_secret_leave_each_other_alone() {
         w.run_for(2_000 * MS).unwrap();
         let two = w.process(1).is_some_and(|p| !p.core.is_empty() && p.core.is_leader());
         met += u32::from(two);
+        // N6: nobody told the operator.
+        let notices = w.process(1).unwrap().pulse.lock().unwrap().notices();
+        assert!(!two || notices.iter().any(|n| n.contains("this node is alone")), "{notices:?}");
         assert!(w.process(other).is_some_and(|p| p.core.voters().count() >= 2), "seed {seed}");
     }
     assert!(met > 0, "no seed made two clusters");

@@ -583,6 +583,7 @@ impl World {
                 let lasts = if self.random.ppm(w.slow_ppm) { w.slow } else { w.fsync };
                 let lasts = self.random.between(lasts / 10, lasts);
                 let machine = self.machine(node);
+                let lasts = machine.slow_fsync.unwrap_or(lasts);
                 let generation = machine.generation;
                 let number = write.number;
                 let (disk_full, now) = (machine.disk_full, machine.now(t));
@@ -630,7 +631,10 @@ impl World {
                         self.say(node, || format!("applies {}: {} {}", e.index, e.subject, e.text));
                     }
                 }
-                self.checker.state(id, cluster, &state)
+                self.checker.state(id, cluster, &state)?;
+                let machine = &self.machines[&node];
+                let Some(p) = &machine.process else { return Ok(()) };
+                self.checker.voters(id, &p.core, machine.now(t).at, machine.timing.longest_lease())
             }
         }
     }

@@ -1,15 +1,18 @@
 //! Applying one command.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use komainu_proto::domain::{AdminState, BackendId, Document, GroupId, NodeId, Role, ServiceId};
 
+use crate::api::NodeIdentity;
+
 use super::change::{Change, Command, Outcome, Refusal, Verdict};
 use super::events::{EventKind, cut};
 use super::{
-    Drain, MAX_MEMBERS, MAX_RESULTS, MAX_VERDICTS, Member, PendingConfirm, ProposalResult, ServiceState,
-    State, Wanted,
+    Drain, Joining, Leaving, MAX_MEMBERS, MAX_RESULTS, MAX_VERDICTS, Member, PendingConfirm, ProposalResult,
+    ServiceState, State, Wanted,
 };
 
 /// Limits of `confirm_within`: shorter than a second nobody can confirm; an hour is a maintenance window.
@@ -152,9 +155,15 @@ impl State {
                 };
                 let member = self.members.remove(at);
                 let text = format!("left the cluster (raft id {raft_id:#x})");
-                self.event(command, EventKind::Member, &member.node.name, text);
+                let node = member.node.id;
+                let wish = self.leaving.iter().position(|l| l.node == node);
+                let wish = wish.filter(|_| self.members.iter().all(|m| m.node.id != node));
+                let asked = asked_by(command, wish.map(|at| self.leaving.remove(at).who));
+                self.event(&asked, EventKind::Member, &member.node.name, text);
                 Ok(self.outcome(true))
             }
+            Change::NodeJoin { node } => self.change_joining(command, node),
+            Change::NodeLeave { node } => self.change_leaving(command, *node),
         }
     }
 
@@ -454,6 +463,7 @@ impl State {
         }
         let at = self.members.binary_search_by_key(&member.raft_id, |m| m.raft_id);
         let vote = if member.voter { "votes" } else { "catches up, no vote yet" };
+        let mut asked = Cow::Borrowed(command);
         let text = match at {
             Ok(at) if self.members[at] == *member => return Ok(self.outcome(false)),
             Ok(at) => {
@@ -469,10 +479,51 @@ impl State {
             }
             Err(at) => {
                 self.members.insert(at, member.clone());
+                let wish = self.joining.iter().position(|j| j.node.id == node.id);
+                asked = asked_by(command, wish.map(|at| self.joining.remove(at).who));
                 format!("joined as {} at {}, {vote} (raft id {:#x})", node.role, node.address, member.raft_id)
             }
         };
+        self.event(&asked, EventKind::Member, &node.name, text);
+        Ok(self.outcome(true))
+    }
+
+    fn change_joining(&mut self, command: &Command, node: &NodeIdentity) -> Result<Outcome, Refusal> {
+        self.leaving.retain(|l| l.node != node.id);
+        let others = self.joining.iter().filter(|j| j.node.id != node.id).count();
+        if self.members.len() + others >= MAX_MEMBERS {
+            return Err(Refusal::Value {
+                field: "member".to_owned(),
+                value: node.name.clone(),
+                reason: format!("there are {MAX_MEMBERS} members already, those who are to join included"),
+            });
+        }
+        let wish = Joining { node: node.clone(), who: cut(&command.who).to_owned() };
+        if self.joining.contains(&wish) || self.members.iter().any(|m| m.node == *node) {
+            return Ok(self.outcome(false));
+        }
+        self.joining.retain(|j| j.node.id != node.id);
+        self.joining.push(wish);
+        let text = format!("to join as {} at {}", node.role, node.address);
         self.event(command, EventKind::Member, &node.name, text);
+        Ok(self.outcome(true))
+    }
+
+    fn change_leaving(&mut self, command: &Command, node: NodeId) -> Result<Outcome, Refusal> {
+        let wishes = self.joining.len();
+        let name = self.joining.iter().find(|j| j.node.id == node).map(|j| j.node.name.clone());
+        self.joining.retain(|j| j.node.id != node);
+        let Some(member) = self.member(node).map(|m| m.node.name.clone()) else {
+            if let Some(name) = name {
+                self.event(command, EventKind::Member, &name, "not to join any more".to_owned());
+            }
+            return Ok(self.outcome(self.joining.len() != wishes));
+        };
+        if self.leaving.iter().any(|l| l.node == node) {
+            return Ok(self.outcome(false));
+        }
+        self.leaving.push(Leaving { node, who: cut(&command.who).to_owned() });
+        self.event(command, EventKind::Member, &member, "to leave the cluster".to_owned());
         Ok(self.outcome(true))
     }
 
@@ -570,4 +621,12 @@ fn abridge(result: &Result<Outcome, Refusal>) -> Result<Outcome, Refusal> {
         Err(_) => {}
     }
     result
+}
+
+/// The command that carries out an operator's wish, in that operator's name.
+fn asked_by(command: &Command, who: Option<String>) -> Cow<'_, Command> {
+    match who {
+        Some(who) => Cow::Owned(Command { who, ..command.clone() }),
+        None => Cow::Borrowed(command),
+    }
 }

@@ -12,6 +12,7 @@ use komainu_proto::domain::{
 use serde::{Deserialize, Serialize};
 
 use super::Member;
+use crate::api::NodeIdentity;
 
 /// First byte of an encoded [`Command`]. A higher number is a newer format that this version must not guess at.
 const COMMAND_FORMAT: u8 = 1;
@@ -220,6 +221,19 @@ pub enum Change {
         node: NodeId,
         /// … that was held at or before this index.
         up_to_index: u64,
+    },
+
+    // --- membership: what operators ask for ------------------------------------------------------------------------
+    /// Admit a node, as soon as it is heard and is what is said here.
+    NodeJoin {
+        /// Who it is.
+        #[serde(with = "super::identity")]
+        node: NodeIdentity,
+    },
+    /// Remove a node; or admit it no more.
+    NodeLeave {
+        /// Which.
+        node: NodeId,
     },
 
     // --- membership: the context of a Raft configuration change, or beside it -------------------------------------

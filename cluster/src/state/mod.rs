@@ -100,6 +100,12 @@ pub struct State {
     pub services: Vec<Arc<ServiceState>>,
     /// Members by Raft id, ascending.
     pub members: Vec<Member>,
+    /// Nodes that operators want to be admitted and that aren't members yet, at most [`MAX_MEMBERS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joining: Vec<Joining>,
+    /// Members that operators want to be removed, at most [`MAX_MEMBERS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaving: Vec<Leaving>,
     /// Addresses that left a group and may still be answered for.
     #[serde(default)]
     pub held: Vec<Held>,
@@ -222,6 +228,25 @@ pub struct Member {
     pub node: NodeIdentity,
     /// Whether it votes; one that doesn't is catching up.
     pub voter: bool,
+}
+
+/// An operator's wish that a node be admitted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joining {
+    /// Who it is.
+    #[serde(with = "identity")]
+    pub node: NodeIdentity,
+    /// Who asked.
+    pub who: String,
+}
+
+/// An operator's wish that a member be removed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaving {
+    /// Which.
+    pub node: NodeId,
+    /// Who asked.
+    pub who: String,
 }
 
 /// An address that left an owned group.

@@ -237,7 +237,7 @@ impl Admin for Administration {
         }
         let node = NodeIdentity { id: NodeId(id), name, role, address };
         let outcome =
-            self.context.cluster.join(node.clone()).await.map_err(|error| refuse::join(&node, error))?;
+            self.context.cluster.join(node.clone(), &who).await.map_err(|error| refuse::join(&node, error))?;
         info!(target: changes::AUDIT, who, index = outcome.index, node = node.name, "node join");
         self.context.see(outcome.index).await;
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))
@@ -250,7 +250,7 @@ impl Admin for Administration {
         let who = self.who(&request);
         let name = request.into_inner().node;
         let node = node_named(&self.context.cluster.live(), &name)?;
-        let outcome = self.context.cluster.leave(node).await.map_err(refuse::propose)?;
+        let outcome = self.context.cluster.leave(node, &who).await.map_err(refuse::propose)?;
         info!(target: changes::AUDIT, who, index = outcome.index, node = name, "node leave");
         self.context.see(outcome.index).await;
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))

@@ -12,27 +12,16 @@ use nix::sys::signal::Signal;
 
 /// Datagrams whose fate a scheduler's hiccup may decide in an orderly change of hands.
 const HICCUP: u64 = 2;
-/// The same on a machine that was busy with something else just then.
-const WORST_HICCUP: u64 = 150;
-/// Median outage on a machine that others keep busy.
-const WORST_MEDIAN: Duration = Duration::from_millis(1500);
+/// Median outage after kill -9.
+const MEDIAN_GAP: Duration = Duration::from_millis(300);
+/// The longest single one: two elections that came to nothing, on a machine that gives nobody a processor.
+const LONGEST_GAP: Duration = Duration::from_secs(3);
 /// `lease_ms` where the node file says nothing.
 const LEASE: Duration = Duration::from_millis(80);
 /// What a busy machine adds to whatever is measured.
 const SLACK: Duration = Duration::from_millis(150);
 
-/// Whether more threads want to run than these tests and the nodes explain (proc_loadavg(5)).
-fn others_keep_the_machine_busy() -> bool {
-    let load: f64 = std::fs::read_to_string("/proc/loadavg")
-        .ok()
-        .and_then(|text| text.split(' ').next()?.parse().ok())
-        .unwrap_or_default();
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    load > 2.5 * processors as f64
-}
-
-/// Rounds of something that must lose nothing. A machine that had no processor to give in one round is no fault of
-/// the product's: the median decides, and no single round may lose much.
+/// Rounds of something that must lose nothing, none of them.
 #[derive(Default)]
 struct Rounds(Vec<(u64, String)>);
 
@@ -46,11 +35,10 @@ impl Rounds {
         self.0.push((report.lost(), account));
     }
 
-    fn assert_nothing_lost(&mut self) {
-        self.0.sort();
-        let accounts: Vec<&str> = self.0.iter().map(|(_, account)| account.as_str()).collect();
-        assert!(self.0[self.0.len() / 2].0 <= HICCUP, "{}", accounts.join("\n"));
-        assert!(self.0[self.0.len() - 1].0 <= WORST_HICCUP, "{}", accounts.join("\n"));
+    fn assert_nothing_lost(&self) {
+        let lossy: Vec<&str> =
+            self.0.iter().filter(|(lost, _)| *lost > HICCUP).map(|(_, account)| account.as_str()).collect();
+        assert!(lossy.is_empty(), "{}", lossy.join("\n"));
     }
 }
 
@@ -75,10 +63,8 @@ fn an_owner_killed_with_9_is_replaced_within_300_ms() {
     }
     gaps.sort();
     let median = gaps[gaps.len() / 2];
-    // The promise holds for a machine that has processors to give; what another program takes from it is not ours.
-    let limit = if others_keep_the_machine_busy() { WORST_MEDIAN } else { Duration::from_millis(300) };
-    assert!(median <= limit, "median of {gaps:?} is above {limit:?}");
-    assert!(gaps[gaps.len() - 1] <= Duration::from_secs(3), "{gaps:?}");
+    assert!(median <= MEDIAN_GAP, "median of {gaps:?} is above {MEDIAN_GAP:?}");
+    assert!(gaps[gaps.len() - 1] <= LONGEST_GAP, "{gaps:?}");
 }
 
 #[test]
