@@ -10,6 +10,9 @@ ifneq ($(shell id -u),0)
 endif
 
 QUICK ?=
+SEEDS ?= 10000
+SEED ?= 1
+MUTATE ?=
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 
@@ -39,6 +42,7 @@ test-fast: setup ## the tests that need neither root nor the binary
 lint: setup ## formatting, clippy without a warning, and cargo-deny where it is installed
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --package komainu-cluster --features sim --bins -- -D warnings
 	@if command -v cargo-deny >/dev/null 2>&1; then cargo deny check bans licenses sources; \
 	else echo "lint: cargo-deny is not installed, licences not checked: cargo install --locked cargo-deny"; fi
 
@@ -57,8 +61,9 @@ chaos: ## machines, cables and disks fail, beside keepalived; CASES=… ROUNDS=N
 	$(AS_ROOT) target/release/chaos $(if $(CASES),--cases $(CASES)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	    $(if $(LANES),--lanes $(LANES)) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
-sim: setup ## the simulated cluster must find every lease rule that is broken on purpose (minutes)
-	cargo test --package komainu-cluster --lib sim:: -- --include-ignored
+sim: setup ## SEEDS (10000) simulated runs from SEED (1); MUTATE=1 also breaks each rule in turn, which must be found
+	cargo run --release --package komainu-cluster --features sim --bin sim -- \
+	  --seeds $(SEEDS) --first $(SEED) $(if $(MUTATE),--mutate) $(ARGS)
 
 differential: setup ## CASES (1000000) random frames at each hook into the kernel's program and the engine: same verdict, bytes, counters
 	KOMAINU_CASES=$(or $(CASES),1000000) cargo test --package komainu-tests --test differential -- --nocapture

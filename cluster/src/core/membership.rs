@@ -119,6 +119,10 @@ impl Core {
                 let owns = self.state.groups.iter().any(|g| g.owner == Some(id.node()));
                 return !owns && self.lock().last_grant_to(id.node()) <= self.now.at;
             }
+            if id.node() == self.me.node() {
+                // What this node was before it lost a store: it leads, so it votes under its new id.
+                return true;
+            }
             // The same node is back with another store. The old one's place is kept until the new one votes, so that
             // no majority is lost meanwhile.
             present.iter().any(|p| {

@@ -33,8 +33,11 @@ impl Checker {
         let groups: std::collections::BTreeSet<GroupId> =
             machines.values().flat_map(|m| m.lane.keys().copied()).collect();
         for group in groups {
-            let holders: Vec<(NodeId, u64)> =
-                machines.values().filter_map(|m| m.answers(group, t).map(|e| (m.identity.id, e))).collect();
+            let holders: Vec<(NodeId, u64)> = machines
+                .values()
+                .filter(|m| !m.is_excused(t))
+                .filter_map(|m| Some((m.identity.id, m.answers(group, t)?)))
+                .collect();
             if holders.len() > 1 {
                 return Err(format!("group {} is answered for by {holders:?}", group.0));
             }

@@ -1,157 +1,117 @@
-//! A run: a mix of faults drawn from the seed, then healing.
+//! A run: the faults of a plan, then healing.
+
+use std::fmt;
 
 use komainu_proto::domain::{GroupId, Role};
 
-use super::Random;
-use super::machine::Time;
+use super::machine::{Machine, Time};
+use super::plan::{Action, Plan};
 use super::world::{MS, Weather, World};
+use crate::core::Request;
 use crate::timing::Timing;
 
 /// How long the cluster may take to be whole again after the last fault.
 const HEALS_WITHIN: Time = 6_000 * MS;
+/// Machines of one run, those that join included.
+const MAX_MACHINES: u64 = 7;
 
-/// The kinds of faults, and how likely each is at most.
-const KINDS: [(Kind, u64); 9] = [
-    (Kind::Kill, 6),
-    (Kind::PowerOff, 6),
-    (Kind::Pause, 6),
-    (Kind::Cut, 8),
-    (Kind::Split, 6),
-    (Kind::Unfit, 3),
-    (Kind::Switchover, 5),
-    (Kind::Resign, 4),
-    (Kind::LostDisk, 2),
-];
-
-/// A kind of fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// A process ends; or one that has ended is started again.
-    Kill,
-    /// A machine loses power; or it is switched on again.
-    PowerOff,
-    /// A process is frozen.
-    Pause,
-    /// One link is cut, one way or both; or all are mended.
-    Cut,
-    /// The nodes fall into two halves; or all cuts are mended.
-    Split,
-    /// A node becomes unfit, or fit again.
-    Unfit,
-    /// An operator moves a group.
-    Switchover,
-    /// A node is stopped in an orderly way, and started again.
-    Resign,
-    /// A machine comes back with an empty disk.
-    LostDisk,
+/// What a run can show, the worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Two owners, or something else that must never be.
+    Safety,
+    /// A node panicked.
+    Crash,
+    /// The cluster was not whole again in time.
+    Liveness,
 }
 
-/// What a run is made of.
-#[derive(Clone, Debug)]
-pub struct Mix {
-    /// The nodes.
-    pub roles: Vec<Role>,
-    /// VIP groups.
-    pub groups: u32,
-    /// Behaviour of network and disks while faults last.
-    pub weather: Weather,
-    /// How long faults go on.
-    pub lasts: Time,
-    /// Longest time between two faults.
-    pub every: Time,
-    /// How likely each kind of fault is, by [`KINDS`].
-    pub kinds: [u64; KINDS.len()],
-    /// Clocks drift by up to this.
-    pub drift_ppm: i64,
+/// What went wrong in a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Which kind.
+    pub kind: Kind,
+    /// What.
+    pub text: String,
 }
 
-impl Mix {
-    /// Draws a mix.
-    pub fn draw(r: &mut Random) -> Mix {
-        let some = |r: &mut Random, n: u64| if r.below(2) == 0 { 0 } else { r.below(n) };
-        let roles = match r.below(8) {
-            0 => vec![Role::Balancer],
-            1 => vec![Role::Balancer, Role::Balancer],
-            2 => vec![Role::Balancer, Role::Balancer, Role::Balancer],
-            3 => vec![Role::Balancer, Role::Balancer, Role::Witness, Role::Balancer, Role::Witness],
-            _ => vec![Role::Balancer, Role::Balancer, Role::Witness],
-        };
-        Mix {
-            roles,
-            groups: r.between(1, 4) as u32,
-            weather: Weather {
-                loss_ppm: some(r, 200_000) as u32,
-                twice_ppm: some(r, 100_000) as u32,
-                delay: r.between(MS / 10, 3 * MS),
-                late_ppm: some(r, 50_000) as u32,
-                late: r.between(10 * MS, 1_000 * MS),
-                fsync: r.between(MS, 15 * MS),
-                slow_ppm: some(r, 50_000) as u32,
-                slow: r.between(20 * MS, 500 * MS),
-            },
-            lasts: if r.below(4) == 0 {
-                r.between(4_000 * MS, 9_000 * MS)
-            } else {
-                r.between(1_000 * MS, 4_000 * MS)
-            },
-            every: r.between(50 * MS, 600 * MS),
-            kinds: KINDS.map(|(_, most)| some(r, most)),
-            drift_ppm: r.below(10_001) as i64,
-        }
+impl From<String> for Violation {
+    /// Invariants are checked at every step and told as text.
+    fn from(text: String) -> Violation {
+        Violation { kind: Kind::Safety, text }
     }
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.kind {
+            Kind::Safety => "safety",
+            Kind::Crash => "crash",
+            Kind::Liveness => "liveness",
+        };
+        write!(f, "{kind}: {}", self.text)
+    }
+}
+
+fn liveness(text: impl Into<String>) -> Violation {
+    Violation { kind: Kind::Liveness, text: text.into() }
+}
+
+/// Plays a plan. The transcript of a `verbose` world tells how it came to what it came to.
+///
+/// # Panics
+/// A node does.
+pub fn play(plan: &Plan, verbose: bool) -> (World, Result<(), Violation>) {
+    let mut w = world(plan, verbose);
+    let result = play_in(&mut w, plan);
+    (w, result)
+}
+
+/// The world of a plan, before anything has happened.
+pub(super) fn world(plan: &Plan, verbose: bool) -> World {
+    let mut w = World::new(plan.world, &plan.roles, Timing::default());
+    w.verbose = verbose;
+    w
 }
 
 /// Runs one seed.
 ///
 /// # Errors
 /// What went wrong. The transcript of a `verbose` world tells how it came to that.
-pub fn run(seed: u64, verbose: bool) -> (World, Result<(), String>) {
-    let mut r = Random(seed);
-    let mix = Mix::draw(&mut r);
-    let mut w = World::new(r.draw(), &mix.roles, Timing::default());
-    w.verbose = verbose;
-    w.say(0, || format!("seed {seed}: {mix:?}"));
-    let result = play(&mut w, &mix, &mut r);
-    (w, result)
+pub fn run(seed: u64, verbose: bool) -> (World, Result<(), Violation>) {
+    play(&Plan::draw(seed), verbose)
 }
 
-fn play(w: &mut World, mix: &Mix, r: &mut Random) -> Result<(), String> {
+/// See [`play`].
+pub(super) fn play_in(w: &mut World, plan: &Plan) -> Result<(), Violation> {
     let ids: Vec<u64> = w.machines.keys().copied().collect();
-    for &id in &ids {
-        let span = 2 * mix.drift_ppm as u64 + 1;
-        w.machine(id).drift_ppm = r.below(span) as i64 - mix.drift_ppm;
+    for (&id, &ppm) in ids.iter().zip(&plan.drift_ppm) {
+        w.machine(id).drift_ppm = ppm;
     }
     // All nodes are started within a second and find each other in good weather: forming is tested elsewhere.
     for &id in &ids {
         w.start(id)?;
-        let lasts = r.below(300 * MS);
+        let lasts = w.random.below(300 * MS);
         w.run_for(lasts)?;
     }
     let formed = w.run_until(w.t + HEALS_WITHIN, |w| {
         w.leader().and_then(|l| w.process(l)).is_some_and(|p| p.core.voters().count() == w.machines.len())
     })?;
     if !formed {
-        return Err("the cluster did not form".to_owned());
+        return Err(liveness("the cluster did not form"));
     }
     let leader = w.leader().unwrap_or(1);
-    w.change(leader, mix.groups)?;
+    w.change(leader, plan.groups)?;
     if !w.run_until(w.t + HEALS_WITHIN, |w| w.checker.acknowledged() > 0)? {
-        return Err("the first change was not acknowledged".to_owned());
+        return Err(liveness("the first change was not acknowledged"));
     }
-    w.weather = mix.weather;
-    let end = w.t + mix.lasts;
-    while w.t < end {
-        let lasts = r.below(mix.every);
-        w.run_for(lasts)?;
-        fault(w, mix, r, &ids)?;
-        let node = ids[r.below(ids.len() as u64) as usize];
-        let asked = w.leader().filter(|_| r.below(4) > 0).unwrap_or(node);
-        if r.below(3) == 0 {
-            w.change(asked, mix.groups)?;
-        }
+    w.weather = plan.weather;
+    for step in &plan.steps {
+        w.run_for(step.after)?;
+        act(w, plan, &step.action)?;
     }
-    heal(w, &ids)?;
-    whole_again(w, mix, &ids)
+    heal(w)?;
+    whole_again(w, plan)
 }
 
 /// A cluster that has formed in fair weather and owns some groups.
@@ -177,57 +137,38 @@ pub fn formed(seed: u64, roles: &[Role], groups: u32) -> Result<World, String> {
     Ok(w)
 }
 
-fn fault(w: &mut World, mix: &Mix, r: &mut Random, ids: &[u64]) -> Result<(), String> {
-    let total: u64 = mix.kinds.iter().sum();
-    if total == 0 {
-        return Ok(());
-    }
-    let mut pick = r.below(total);
-    let mut kind = Kind::Kill;
-    for ((k, _), likely) in KINDS.iter().zip(mix.kinds) {
-        if pick < likely {
-            kind = *k;
-            break;
-        }
-        pick -= likely;
-    }
-    let node = ids[r.below(ids.len() as u64) as usize];
-    let other = ids[r.below(ids.len() as u64) as usize];
-    let running = w.process(node).is_some();
-    match kind {
-        Kind::Kill | Kind::PowerOff if running => {
-            if kind == Kind::PowerOff {
-                w.say(node, || "loses power".to_owned());
-                w.power_off(node);
+fn act(w: &mut World, plan: &Plan, action: &Action) -> Result<(), String> {
+    let ids: Vec<u64> = w.machines.keys().copied().collect();
+    match action {
+        Action::Kill { node, again } | Action::PowerOff { node, again } if w.process(*node).is_some() => {
+            if matches!(action, Action::PowerOff { .. }) {
+                w.say(*node, || "loses power".to_owned());
+                w.power_off(*node);
             } else {
-                w.kill(node);
+                w.kill(*node);
             }
-            if r.below(2) == 0 {
+            if let Some(after) = again {
                 // A supervisor starts it again at once: it must remember, or wait out, what it promised.
-                let lasts = r.below(60 * MS);
-                w.run_for(lasts)?;
-                w.start(node)?;
+                w.run_for(*after)?;
+                w.start(*node)?;
             }
         }
-        Kind::Kill | Kind::PowerOff => w.start(node)?,
-        Kind::Pause if running => {
-            let lasts = r.between(5 * MS, 1_500 * MS);
-            w.pause(node, lasts);
-        }
-        Kind::Cut | Kind::Split if !w.cut.is_empty() && r.below(2) == 0 => {
+        Action::Kill { node, .. } | Action::PowerOff { node, .. } => w.start(*node)?,
+        Action::Freeze { node, lasts } if w.process(*node).is_some() => w.pause(*node, *lasts),
+        Action::Suspend { node, lasts } if w.process(*node).is_some() => w.suspend(*node, *lasts),
+        Action::Cut { .. } | Action::Split { .. } if !w.cut.is_empty() && w.random.below(2) == 0 => {
             w.say(0, || "all cuts are mended".to_owned());
             w.cut.clear();
         }
-        Kind::Cut if r.below(3) == 0 => {
-            w.say(node, || format!("does not reach n{other}"));
-            w.cut.insert((node, other));
+        Action::Cut { from, to, one_way } => {
+            let how = if *one_way { "does not reach" } else { "is cut from" };
+            w.say(*from, || format!("{how} n{to}"));
+            w.cut.insert((*from, *to));
+            if !one_way {
+                w.cut.insert((*to, *from));
+            }
         }
-        Kind::Cut => {
-            w.say(node, || format!("is cut from n{other}"));
-            w.cut.extend([(node, other), (other, node)]);
-        }
-        Kind::Split => {
-            let half: Vec<u64> = ids.iter().copied().filter(|_| r.below(2) == 0).collect();
+        Action::Split { half } => {
             w.say(0, || format!("{half:?} are cut from the rest"));
             for (&a, &b) in half.iter().flat_map(|a| ids.iter().map(move |b| (a, b))) {
                 if !half.contains(&b) {
@@ -235,36 +176,75 @@ fn fault(w: &mut World, mix: &Mix, r: &mut Random, ids: &[u64]) -> Result<(), St
                 }
             }
         }
-        Kind::Unfit => {
-            let fit = w.machine(node).fit;
-            w.set_fit(node, !fit)?;
+        Action::Unfit { node } => {
+            let fit = w.machine(*node).fit;
+            w.set_fit(*node, !fit)?;
         }
-        Kind::Switchover => {
-            let to =
-                (r.below(2) == 0).then_some(node).filter(|n| w.machines[n].identity.role == Role::Balancer);
+        Action::Switchover { to } => {
             if let Some(leader) = w.leader() {
                 w.say(leader, || format!("is asked to move g0 to {to:?}"));
-                w.switchover(leader, "g0", to)?;
+                w.switchover(leader, "g0", *to)?;
             }
         }
-        Kind::Resign if running => {
-            w.say(node, || "is stopped".to_owned());
-            if let Some(p) = w.process(node) {
+        Action::Resign { node, within } if w.process(*node).is_some() => {
+            w.say(*node, || "is stopped".to_owned());
+            if let Some(p) = w.process(*node) {
                 p.pulse.lock().expect("no panic").set_resigning(true);
             }
-            let until = w.t + r.between(10 * MS, 1_500 * MS);
-            w.run_until(until, |w| w.process(node).is_none_or(|p| p.core.has_resigned()))?;
-            w.kill(node);
-            w.start(node)?;
+            let until = w.t + within;
+            w.run_until(until, |w| w.process(*node).is_none_or(|p| p.core.has_resigned()))?;
+            w.kill(*node);
+            w.start(*node)?;
         }
         // One disk at a time, and only while every other node is there: two lost disks of three are a lost cluster.
-        Kind::LostDisk
-            if ids.len() >= 3 && ids.iter().all(|id| w.process(*id).is_some()) && replaceable(w, ids) =>
-        {
-            w.say(node, || "loses its disk".to_owned());
-            w.power_off(node);
-            w.machine(node).disk.lose_everything();
-            w.start(node)?;
+        Action::LoseDisk { node } if replaceable(w) => {
+            w.say(*node, || "loses its disk".to_owned());
+            w.power_off(*node);
+            w.machine(*node).disk.lose_everything();
+            w.start(*node)?;
+        }
+        Action::CorruptStore { node } if replaceable(w) => {
+            w.say(*node, || "finds its store damaged and sets it aside".to_owned());
+            w.kill(*node);
+            w.machine(*node).disk.lose_everything();
+            w.start(*node)?;
+        }
+        Action::SlowDisk { node, fsync, lasts } => {
+            w.say(*node, || format!("writes in {} ms for {} ms", fsync / MS, lasts / MS));
+            w.slow_disk(*node, *fsync, *lasts);
+        }
+        Action::Drift { node, ppm } => {
+            w.say(*node, || format!("has a clock that is off by {ppm} ppm from now on"));
+            let t = w.t;
+            w.machine(*node).set_drift(t, *ppm);
+            w.poke(*node);
+        }
+        Action::WallClock { node, ms } => {
+            w.say(*node, || format!("has its wall clock set by {ms} ms"));
+            w.machine(*node).wall_offset_ms += ms;
+        }
+        Action::Join => {
+            let id = ids.len() as u64 + 1;
+            let Some(leader) = w.leader().filter(|_| id <= MAX_MACHINES) else { return Ok(()) };
+            let all: Vec<u64> = (1..=id).collect();
+            let machine = Machine::new(id, Role::Balancer, &all, Timing::default());
+            let node = machine.identity.clone();
+            w.machines.insert(id, machine);
+            w.say(leader, || format!("is asked to admit n{id}"));
+            w.start(id)?;
+            w.request(leader, Request::Join { node, who: "operator".to_owned() })?;
+        }
+        // Not from a pair: what is left would be one node, and two lost disks then are a lost cluster.
+        Action::Leave { node } if plan.roles.len() >= 3 && w.left.is_empty() && replaceable(w) => {
+            let Some(leader) = w.leader() else { return Ok(()) };
+            w.left.insert(*node);
+            w.say(leader, || format!("is asked to remove n{node}"));
+            let node = komainu_proto::domain::NodeId(*node);
+            w.request(leader, Request::Leave { node, who: "operator".to_owned() })?;
+        }
+        Action::Change { node, leader } => {
+            let asked = w.leader().filter(|_| *leader).unwrap_or(*node);
+            w.change(asked, plan.groups)?;
         }
         _ => {}
     }
@@ -272,66 +252,72 @@ fn fault(w: &mut World, mix: &Mix, r: &mut Random, ids: &[u64]) -> Result<(), St
 }
 
 /// Whether every node votes and everybody knows it, so that one disk more can be lost.
-fn replaceable(w: &World, ids: &[u64]) -> bool {
-    let mut running = ids.iter().filter_map(|id| w.process(*id));
-    let own: std::collections::BTreeSet<_> = running.clone().map(|p| p.core.raft_id()).collect();
-    running.all(|p| p.core.voters().collect::<std::collections::BTreeSet<_>>() == own)
+fn replaceable(w: &World) -> bool {
+    let running: Vec<_> = w.machines.values().filter_map(|m| m.process.as_ref()).collect();
+    let own: std::collections::BTreeSet<_> = running.iter().map(|p| p.core.raft_id()).collect();
+    w.machines.len() >= 3
+        && running.len() == w.machines.len()
+        && running.iter().all(|p| p.core.voters().collect::<std::collections::BTreeSet<_>>() == own)
 }
 
-fn heal(w: &mut World, ids: &[u64]) -> Result<(), String> {
+fn heal(w: &mut World) -> Result<(), String> {
     w.say(0, || "faults cease".to_owned());
     w.weather = Weather::FAIR;
     w.cut.clear();
-    for &id in ids {
+    let ids: Vec<u64> = w.machines.keys().copied().collect();
+    for id in ids {
+        w.machine(id).slow_fsync = None;
         if !w.machine(id).fit {
             w.set_fit(id, true)?;
         }
         if w.process(id).is_none() {
             w.start(id)?;
         }
-        w.thaw(id);
+        w.thaw(id)?;
     }
     Ok(())
 }
 
-fn whole_again(w: &mut World, mix: &Mix, ids: &[u64]) -> Result<(), String> {
-    let until = w.t + HEALS_WITHIN;
-    let groups: Vec<GroupId> = (1..=mix.groups).map(GroupId).collect();
+fn whole_again(w: &mut World, plan: &Plan) -> Result<(), Violation> {
+    let until = w.disks_well_at() + HEALS_WITHIN;
+    let groups: Vec<GroupId> = (1..=plan.groups).map(GroupId).collect();
     let whole = |w: &World| {
-        let Some(leader) = w.leader() else { return false };
-        let Some(index) = w.process(leader).map(|p| p.core.state().index) else { return false };
+        let Some(state) = w.leader().and_then(|l| w.process(l)).map(|p| p.core.state()) else { return false };
         groups.iter().all(|g| w.owner(*g).is_some())
-            && w.process(leader).is_some_and(|p| p.core.state().held.is_empty())
-            && ids.iter().all(|id| w.process(*id).is_some_and(|p| p.core.state().index == index))
+            && state.held.is_empty()
+            && state.members.iter().all(|m| {
+                w.process(m.node.id.0).is_some_and(|p| p.core.raft_id().0 == m.raft_id && p.core.state().index == state.index)
+            })
+            // Whoever was not told to leave is a member.
+            && w.machines.keys().all(|id| {
+                w.left.contains(id) || state.members.iter().any(|m| m.node.id.0 == *id && m.voter) || *id > plan.roles.len() as u64
+            })
     };
     if !w.run_until(until, whole)? {
+        let ids: Vec<u64> = w.machines.keys().copied().collect();
         let owners: Vec<_> = groups.iter().map(|g| w.owner(*g)).collect();
         let indexes: Vec<_> =
             ids.iter().map(|id| w.process(*id).map(|p| (p.core.state().index, p.core.term()))).collect();
         for id in ids {
-            let progress = w.process(*id).map(|p| p.core.progress());
-            w.say(*id, || format!("{progress:?}"));
+            let progress = w.process(id).map(|p| p.core.progress());
+            w.say(id, || format!("{progress:?}"));
         }
-        return Err(format!(
+        return Err(liveness(format!(
             "not whole again in time: leader {:?}, owners {owners:?}, index and term {indexes:?}",
             w.leader()
-        ));
+        )));
     }
     // And it stays so.
     let before: Vec<_> = groups.iter().map(|g| w.owner(*g)).collect();
     w.run_for(300 * MS)?;
     for (g, owner) in groups.iter().zip(before) {
         if w.owner(*g).is_none() {
-            return Err(format!("group {} is answered for by nobody, after {owner:?}", g.0));
+            return Err(liveness(format!("group {} is answered for by nobody, after {owner:?}", g.0)));
         }
     }
-    for id in ids {
-        if let Some(p) = w.process(*id) {
-            let state = p.core.state().clone();
-            if w.leader() == Some(*id) {
-                w.checker.nothing_lost(&state)?;
-            }
-        }
+    if let Some(p) = w.leader().and_then(|l| w.process(l)) {
+        let state = p.core.state().clone();
+        w.checker.nothing_lost(&state)?;
     }
     Ok(())
 }
@@ -356,7 +342,10 @@ mod tests {
             Rule::PersistFirst,
             Rule::OneStepALease,
         ] {
-            assert!(is_found(rule, 1..=200, |seed| run(seed, false).1), "{rule:?}");
+            assert!(
+                is_found(rule, 1..=200, |seed| run(seed, false).1.map_err(|v| v.to_string())),
+                "{rule:?}"
+            );
         }
     }
 
@@ -468,7 +457,8 @@ mod tests {
         let mut failed = Vec::new();
         for seed in first.unwrap_or(1)..first.unwrap_or(1) + seeds {
             let run = |verbose| std::panic::catch_unwind(|| run(seed, verbose));
-            let result = run(false).map_or_else(|_| Err("a node panicked".to_owned()), |(_, result)| result);
+            let result = run(false)
+                .map_or_else(|_| Err("a node panicked".to_owned()), |(_, r)| r.map_err(|v| v.to_string()));
             if let Err(what) = result {
                 let transcript = run(true).map_or_else(|_| Vec::new(), |(w, _)| w.transcript);
                 let tail = transcript.len().saturating_sub(lines);

@@ -43,6 +43,12 @@ pub struct Machine {
     pub process: Option<Process>,
     /// Counts processes: what was meant for an earlier one is lost.
     pub generation: u64,
+    /// Its wall clock is off by this.
+    pub wall_offset_ms: i64,
+    /// The whole machine stands still since then, and its clock with it.
+    pub halted_since: Option<Time>,
+    /// When it went on after it had stood still.
+    pub went_on_at: Option<Time>,
     /// Frozen until then: nothing is handled.
     pub paused_until: Time,
     /// What has arrived while frozen.
@@ -96,6 +102,9 @@ impl Machine {
             lane: BTreeMap::new(),
             process: None,
             generation: 0,
+            wall_offset_ms: 0,
+            halted_since: None,
+            went_on_at: None,
             paused_until: 0,
             backlog: VecDeque::new(),
             wake_at: None,
@@ -106,6 +115,7 @@ impl Machine {
 
     /// What its clock shows at true time `t`.
     pub fn clock(&self, t: Time) -> Instant {
+        let t = self.halted_since.map_or(t, |since| t.min(since));
         let passed = i128::from(t - self.booted_at);
         let shown = passed + passed * i128::from(self.drift_ppm) / 1_000_000;
         Instant(self.boot_offset + shown as u64)
@@ -118,9 +128,36 @@ impl Machine {
         (self.booted_at + passed as u64).max(now)
     }
 
+    /// Its clock runs at another speed from now on.
+    pub fn set_drift(&mut self, t: Time, ppm: i64) {
+        if self.halted_since.is_none() {
+            self.boot_offset = self.clock(t).0;
+            self.booted_at = t;
+            self.drift_ppm = ppm;
+        }
+    }
+
+    /// It stands still no more. Its clock goes on where it stood.
+    pub fn go_on(&mut self, t: Time) {
+        if self.halted_since.is_some() {
+            self.boot_offset = self.clock(t).0;
+            self.booted_at = t;
+            self.halted_since = None;
+            self.went_on_at = Some(t);
+        }
+    }
+
+    /// Whether it may take itself for an owner although it isn't one any more: its clock has stood still, which no promise
+    /// allows for. For less than a lease after it went on.
+    pub fn is_excused(&self, t: Time) -> bool {
+        let lease = self.timing.longest_lease().as_nanos() as Time;
+        self.went_on_at.is_some_and(|at| t < at + lease + lease / 50)
+    }
+
     /// Both clocks.
     pub fn now(&self, t: Time) -> Now {
-        Now { at: self.clock(t), wall_ms: 1_700_000_000_000 + t / 1_000_000 }
+        let wall_ms = (1_700_000_000_000 + t / 1_000_000).saturating_add_signed(self.wall_offset_ms);
+        Now { at: self.clock(t), wall_ms }
     }
 
     /// Starts the process.
@@ -163,6 +200,9 @@ impl Machine {
     /// Whether its lane answers for the group at true time `t`.
     pub fn answers(&self, group: GroupId, t: Time) -> Option<u64> {
         let lease = self.lane.get(&group)?;
+        if self.halted_since.is_some() {
+            return None;
+        }
         (lease.answer_until > self.clock(t)).then_some(lease.epoch)
     }
 }

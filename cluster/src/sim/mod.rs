@@ -7,11 +7,14 @@
 pub mod check;
 pub mod faults;
 pub mod machine;
+pub mod plan;
+pub mod program;
 #[cfg(test)]
 mod scenarios;
 pub mod world;
 
-pub use faults::{Mix, run};
+pub use faults::{Kind, Violation, play, run};
+pub use plan::Plan;
 pub use world::World;
 
 /// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).

@@ -41,10 +41,11 @@ enum Event {
     Installed { node: u64, generation: u64, index: u64 },
     Wake { node: u64 },
     Resume { node: u64 },
+    DiskWell { node: u64 },
 }
 
 /// How the network and the disks behave.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Weather {
     /// Datagrams lost, in ppm.
     pub loss_ppm: u32,
@@ -90,6 +91,8 @@ pub struct World {
     pub weather: Weather,
     /// Directed pairs that nothing gets through between.
     pub cut: BTreeSet<(u64, u64)>,
+    /// Nodes that an operator has told to leave.
+    pub left: BTreeSet<u64>,
     /// Kinds of Raft datagrams of which the next one is lost.
     pub lose: Vec<MessageType>,
     /// Who announced each group last: clients send there.
@@ -128,6 +131,7 @@ impl World {
             machines,
             weather: Weather::FAIR,
             cut: BTreeSet::new(),
+            left: BTreeSet::new(),
             lose: Vec::new(),
             announced: BTreeMap::new(),
             checker: Checker::default(),
@@ -162,6 +166,7 @@ impl World {
         }
         machine.disk.restart();
         machine.paused_until = t;
+        machine.go_on(t);
         machine.backlog.clear();
         self.clients.under_way.retain(|(n, _, _), _| *n != node);
     }
@@ -186,6 +191,31 @@ impl World {
         self.post(until, Event::Resume { node });
     }
 
+    /// Halts a whole machine for a while, its clock and its lane with it.
+    pub fn suspend(&mut self, node: u64, lasts: Time) {
+        let (t, until) = (self.t, self.t + lasts);
+        self.say(node, || format!("is halted for {} ms", lasts / MS));
+        let machine = self.machine(node);
+        machine.halted_since.get_or_insert(t);
+        machine.paused_until = machine.paused_until.max(until);
+        self.post(until, Event::Resume { node });
+    }
+
+    /// Makes a node's disk slow for a while.
+    pub fn slow_disk(&mut self, node: u64, fsync: Time, lasts: Time) {
+        self.machine(node).slow_fsync = Some(fsync);
+        self.post(self.t + lasts, Event::DiskWell { node });
+    }
+
+    /// Its clock shows something else than was reckoned with: looks at its deadline anew.
+    pub fn poke(&mut self, node: u64) {
+        let t = self.t;
+        if self.process(node).is_some() {
+            self.machine(node).wake_at = Some(t);
+            self.post(t, Event::Wake { node });
+        }
+    }
+
     /// Begins the transcript anew. From here on nothing takes any time but what the nodes wait for themselves, so that
     /// the order in which things happen is theirs and not chance.
     pub fn tell_from_here(&mut self) {
@@ -194,14 +224,18 @@ impl World {
         self.weather = Weather { delay: 1, fsync: 1, ..Weather::FAIR };
     }
 
-    /// Lets a frozen process go on.
-    pub fn thaw(&mut self, node: u64) {
+    /// Lets a frozen process or a halted machine go on.
+    ///
+    /// # Errors
+    /// An invariant is broken.
+    pub fn thaw(&mut self, node: u64) -> Result<(), String> {
         let t = self.t;
         let machine = self.machine(node);
         if machine.paused_until > t {
             machine.paused_until = t;
-            self.post(t, Event::Resume { node });
+            self.handle(Event::Resume { node })?;
         }
+        Ok(())
     }
 
     /// Runs until true time `until`, or until `done` says so after an event.
@@ -216,8 +250,8 @@ impl World {
             self.queue.pop();
             let Some(event) = self.events.remove(&sequence) else { continue };
             self.t = at;
+            // Leases begin where a lane is told of one, or a clock is moved; there they are checked. Time only ends them.
             self.handle(event)?;
-            self.checker.leases(&self.machines, self.t)?;
             if done(self) {
                 return Ok(true);
             }
@@ -251,6 +285,12 @@ impl World {
     pub fn leader(&self) -> Option<u64> {
         let leaders = self.machines.iter().filter_map(|(id, m)| Some((m.process.as_ref()?, *id)));
         leaders.filter(|(p, _)| p.core.is_leader()).max_by_key(|(p, _)| p.core.term()).map(|(_, id)| id)
+    }
+
+    /// When everything that was handed to the disks while they were slow will have been written.
+    pub fn disks_well_at(&self) -> Time {
+        let last = |m: &Machine| m.process.as_ref().and_then(|p| p.writing.back()).map(|(_, done)| *done);
+        self.machines.values().filter_map(last).max().unwrap_or(0).max(self.t)
     }
 
     /// A running process.
@@ -371,6 +411,12 @@ impl World {
             Event::Installed { node, generation, index } => {
                 let machine = self.machine(node);
                 let now = machine.now(t);
+                if machine.paused_until > t && machine.generation == generation {
+                    let until = machine.paused_until;
+                    self.post(until + 1, Event::Installed { node, generation, index });
+                    return Ok(());
+                }
+                let machine = self.machine(node);
                 match &machine.process {
                     Some(p) if machine.generation == generation => {
                         machine.installed = machine.installed.max(index);
@@ -392,11 +438,17 @@ impl World {
                 self.time_out(node);
                 self.drive(node)
             }
+            Event::DiskWell { node } => {
+                self.machine(node).slow_fsync = None;
+                Ok(())
+            }
             Event::Resume { node } => {
                 if self.machine(node).paused_until > t || self.machine(node).process.is_none() {
                     return Ok(());
                 }
                 self.say(node, || "goes on".to_owned());
+                self.machine(node).go_on(t);
+                self.checker.leases(&self.machines, t)?;
                 // A process finds both a socket full of datagrams and a timer that is over, in either order.
                 if self.random.ppm(500_000) {
                     self.time_out(node);
