@@ -449,6 +449,14 @@ mod tests {
         assert_eq!(w.process(1).unwrap().core.voters().count(), 3);
     }
 
+    /// Seeds that found something. 336: a leader never removed the store that it had lost itself.
+    #[test]
+    fn what_was_found_once_stays_mended() {
+        for seed in [336] {
+            run(seed, false).1.unwrap_or_else(|v| panic!("seed {seed}: {v}"));
+        }
+    }
+
     #[test]
     fn no_seed_breaks_an_invariant() {
         let first = std::env::var("SEED").ok().and_then(|s| s.parse().ok());

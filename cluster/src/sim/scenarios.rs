@@ -433,27 +433,6 @@ fn a_node_that_lost_its_disk_comes_back_as_another_voter() {
     }
 }
 
-/// Found by seed 336: a leader that had lost two stores one after the other never removed the first of the two.
-#[test]
-fn a_leader_removes_what_it_was_itself() {
-    let mut w = formed(11, &PAIR_AND_WITNESS, 1);
-    for _ in 0..2 {
-        w.power_off(1);
-        w.machine(1).disk.lose_everything();
-        w.start(1).unwrap();
-        // Until the new one votes, and the old one is still there.
-        let votes =
-            |w: &World| w.leader().and_then(|l| w.process(l)).is_some_and(|p| p.core.voters().count() == 4);
-        assert!(w.run_until(w.t + 3_000 * MS, votes).unwrap());
-    }
-    for id in 2..=3 {
-        w.process(id).unwrap().pulse.lock().unwrap().set_resigning(true);
-    }
-    w.run_for(5_000 * MS).unwrap();
-    let voters: Vec<_> = w.process(1).unwrap().core.voters().collect();
-    assert_eq!(voters.len(), 3, "{voters:?}\n{}", w.transcript.join("\n"));
-}
-
 #[test]
 fn nodes_join_and_leave_while_running() {
     let mut w = formed(2, &PAIR_AND_WITNESS, 2);
