@@ -236,8 +236,12 @@ impl Admin for Administration {
             return Err(refuse::argument("address", address, "is not the address of one node", action));
         }
         let node = NodeIdentity { id: NodeId(id), name, role, address };
-        let outcome =
-            self.context.cluster.join(node.clone(), &who).await.map_err(|error| refuse::join(&node, error))?;
+        let outcome = self
+            .context
+            .cluster
+            .join(node.clone(), &who)
+            .await
+            .map_err(|error| refuse::join(&node, error))?;
         info!(target: changes::AUDIT, who, index = outcome.index, node = node.name, "node join");
         self.context.see(outcome.index).await;
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))
