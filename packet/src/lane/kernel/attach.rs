@@ -3,7 +3,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::link::{Link, Point};
 use super::pins;
@@ -35,7 +35,7 @@ impl Attached {
             let doing = format!("interface \"{name}\": {doing}");
             move |e: io::Error| format!("{doing}: {e}")
         };
-        let directory = pins::make_directory().map_err(refused("make a directory for its link"))?;
+        let directory = pins::directory().map_err(refused("find the directory for its link"))?;
         let pin = pins::path(&directory, name, hook);
         let other = pins::path(&directory, name, if hook == Hook::Xdp { Hook::Tc } else { Hook::Xdp });
         let how = match adopt(hook, program, ifindex, &pin) {
@@ -44,7 +44,7 @@ impl Attached {
                 pins::unlink(&pin).map_err(refused("remove an old link"))?;
                 match create(hook, program, name, ifindex)? {
                     Some((link, point)) => {
-                        link.pin(&pin).map_err(refused("pin its link"))?;
+                        pin_in(&directory, &link, &pin).map_err(refused("pin its link"))?;
                         How::Link { _link: link, pin, point }
                     }
                     None => {
@@ -95,8 +95,23 @@ impl Drop for Attached {
     }
 }
 
+/// Pins a link. Another process that tidies up may take the directory away while it is empty.
+fn pin_in(directory: &Path, link: &Link, pin: &Path) -> io::Result<()> {
+    const TRIES: usize = 16;
+    let mut outcome = Ok(());
+    for _ in 0..TRIES {
+        pins::make(directory)?;
+        outcome = link.pin(pin);
+        match &outcome {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            _ => break,
+        }
+    }
+    outcome
+}
+
 /// Takes over the link that an earlier process left, if it is on this interface still.
-fn adopt(hook: Hook, program: BorrowedFd<'_>, ifindex: u32, pin: &std::path::Path) -> Option<(Link, Point)> {
+fn adopt(hook: Hook, program: BorrowedFd<'_>, ifindex: u32, pin: &Path) -> Option<(Link, Point)> {
     let link = Link::pinned(pin).ok()?;
     let point = match hook {
         Hook::Tc => Point::Tcx,

@@ -43,20 +43,21 @@ pub fn is_bpffs() -> bool {
     statfs(BPFFS).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// Directory of the calling thread's network namespace.
-fn directory() -> io::Result<PathBuf> {
+/// Directory of the calling thread's network namespace, whether it is there or not.
+///
+/// # Errors
+/// The namespace can't be told.
+pub fn directory() -> io::Result<PathBuf> {
     let namespace = std::fs::metadata("/proc/thread-self/ns/net")?.ino();
     Ok(Path::new(OURS).join(format!("net-{namespace}")))
 }
 
-/// The same, made if it isn't there.
+/// Makes a directory, if it isn't there.
 ///
 /// # Errors
 /// As mkdir(2).
-pub fn make_directory() -> io::Result<PathBuf> {
-    let directory = directory()?;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
-    Ok(directory)
+pub fn make(directory: &Path) -> io::Result<()> {
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
 }
 
 /// Where the link of an interface is pinned. A dot, which a bpffs keeps for itself, is written as `+`.
