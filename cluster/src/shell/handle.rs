@@ -209,6 +209,7 @@ impl ClusterHandle {
         let deadline = Instant::now() + PROPOSE_TIMEOUT;
         let mut last = ProposeError::NoLeader;
         let mut leader = None;
+        let mut lost = false;
         loop {
             let attempt = async {
                 match leader {
@@ -224,7 +225,19 @@ impl ClusterHandle {
             match answer {
                 Ok(outcome) => return Ok(outcome),
                 Err(Failure::Refused(refusal)) => return Err(ProposeError::Refused(refusal)),
-                Err(Failure::Impossible(reason)) => return Err(ProposeError::Impossible(reason)),
+                Err(Failure::Impossible(reason)) => {
+                    return match &request {
+                        // Done by the leader that left before it could say so: the node that is to leave may be that leader.
+                        Request::Leave { node, .. } if lost && self.is_gone(*node, deadline).await => {
+                            Ok(Outcome {
+                                index: self.view.borrow().state.index,
+                                changed: true,
+                                ..Outcome::default()
+                            })
+                        }
+                        _ => Err(ProposeError::Impossible(reason)),
+                    };
+                }
                 Err(Failure::NotLeader { leader: known }) => {
                     // Whoever was asked may know better; but never ask the same one twice in a row without a pause.
                     leader = known.filter(|&n| Some(n) != asked && n != self.view.borrow().node.id);
@@ -239,6 +252,7 @@ impl ClusterHandle {
                 }
                 Err(Failure::Lost) => {
                     last = ProposeError::Timeout;
+                    lost = true;
                     leader = None;
                 }
                 Err(Failure::Busy) => leader = None,
@@ -251,6 +265,13 @@ impl ClusterHandle {
             }
             tokio::time::sleep(RETRY).await;
         }
+    }
+
+    /// Whether a node is no member any more, once this node has applied what the leader has.
+    async fn is_gone(&self, node: NodeId, deadline: Instant) -> bool {
+        let mut view = self.view.clone();
+        let gone = view.wait_for(|view| view.state.members.iter().all(|m| m.node.id != node));
+        matches!(tokio::time::timeout_at(deadline, gone).await, Ok(Ok(_)))
     }
 
     async fn request_here(&self, request: Request) -> Result<Outcome, Failure> {
