@@ -28,6 +28,7 @@ TXT
         ;;
         test) cat <<'TXT'
 curl|curl|fetches through the VIP as a user would
+ip|iproute2|renames an interface under a lane
 TXT
         ;;
         bench) cat <<'TXT'
