@@ -16,7 +16,7 @@
 #![allow(clippy::unwrap_used)]
 
 #[path = "../../fuzz/src/build.rs"]
-#[allow(dead_code, missing_docs)]
+#[allow(dead_code, missing_docs, reason = "shared with the fuzz targets, which use the rest of it")]
 mod build;
 mod frames;
 mod load;

@@ -72,25 +72,16 @@ fn check_all(bed: &Bed, client: &Host) {
             let ends = talks.stop();
             assert!(ends.iter().all(|c| c.broken.is_none()), "{what}: {ends:?}");
 
-            let before = without_lease(bed);
             let spec = StreamSpec { flows: 24, ..StreamSpec::default() };
             let stream = UdpStream::start(client, at, spec).unwrap();
             assert!(stream.wait_answered(300, SOON), "{what}: {:?}", stream.report());
             let report = stream.stop();
             assert_eq!(report.per_backend.len(), backends, "{what}: {report:?}");
-            // On a machine that is shared with other tests a lease may be renewed late. What that cost is counted by the node and is no
-            // fault of the mode.
-            let late = without_lease(bed) - before;
-            assert!(report.lost().saturating_sub(late) * 20 <= report.sent, "{what}: {late} {report:?}");
+            assert!(report.lost() * 20 <= report.sent, "{what}: {report:?}");
             assert_eq!(report.duplicates, 0, "{what}: {report:?}");
         }
     }
     bed.wire().assert_one_owner();
-}
-
-/// Frames that the owner has dropped because it had no lease.
-fn without_lease(bed: &Bed) -> u64 {
-    bed.cluster.status(&bed.owner()).unwrap().drops["no_lease"]
 }
 
 fn every_mode_moves_tcp_and_udp_over_both_families() {
