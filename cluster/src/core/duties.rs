@@ -218,8 +218,10 @@ impl Core {
         let verdicts: Vec<Verdict> = {
             let pulse = super::lock(&self.pulse);
             let seen = views(&self.state, &self.verdicts, &pulse, self.me);
+            let held = self.first_verdicts.held(&self.state, &seen, now);
             let due = seen.into_iter().filter(|(id, o)| {
-                !self.verdicts_asked.get(id).is_some_and(|(h, at)| *h == o.health && now.since(*at) < REPEAT)
+                !held.contains(id)
+                    && !self.verdicts_asked.get(id).is_some_and(|(h, at)| *h == o.health && now.since(*at) < REPEAT)
             });
             due.take(MAX_VERDICTS)
                 .map(|(backend, o)| Verdict { backend, health: o.health, reason: o.reason.clone() })

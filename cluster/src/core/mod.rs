@@ -21,6 +21,7 @@ mod apply;
 mod disk;
 mod duties;
 mod election;
+mod first_verdicts;
 mod founding;
 mod membership;
 
@@ -45,6 +46,7 @@ use crate::time::Instant;
 use crate::timing::TimingError;
 use disk::Disk;
 use election::Election;
+use first_verdicts::FirstVerdicts;
 use membership::Membership;
 
 /// Requests under way. Each holds its command in memory; an operator's tool that sends more than this at once is better
@@ -117,6 +119,7 @@ pub struct Core {
     /// Group and verdict of each backend that is checked.
     verdicts: BTreeMap<BackendId, (GroupId, Health)>,
     verdicts_asked: BTreeMap<BackendId, (Health, Instant)>,
+    first_verdicts: FirstVerdicts,
     /// Since when each follower has been waited for to take a snapshot in.
     snapshots_since: BTreeMap<u64, Instant>,
     /// Whom leadership is being handed to, and since when.
@@ -205,6 +208,7 @@ impl Core {
             timers_due: None,
             verdicts: BTreeMap::new(),
             verdicts_asked: BTreeMap::new(),
+            first_verdicts: FirstVerdicts::default(),
             snapshots_since: BTreeMap::new(),
             transfer: None,
             restored_through,

@@ -36,7 +36,7 @@ mod document;
 mod events;
 mod snapshot;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod timers;
 mod transition;
 mod validate;

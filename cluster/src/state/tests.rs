@@ -166,6 +166,6 @@ fn service(name: &str, group: &str, vip: u8, port: u16) -> Service {
 }
 
 /// One group, one service `web` with three backends.
-fn document() -> Document {
+pub(crate) fn document() -> Document {
     Document { groups: vec![group("web", 100)], services: vec![service("web", "web", 100, 80)] }
 }
