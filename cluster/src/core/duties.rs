@@ -221,7 +221,10 @@ impl Core {
             let held = self.first_verdicts.held(&self.state, &seen, now);
             let due = seen.into_iter().filter(|(id, o)| {
                 !held.contains(id)
-                    && !self.verdicts_asked.get(id).is_some_and(|(h, at)| *h == o.health && now.since(*at) < REPEAT)
+                    && !self
+                        .verdicts_asked
+                        .get(id)
+                        .is_some_and(|(h, at)| *h == o.health && now.since(*at) < REPEAT)
             });
             due.take(MAX_VERDICTS)
                 .map(|(backend, o)| Verdict { backend, health: o.health, reason: o.reason.clone() })
