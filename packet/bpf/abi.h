@@ -57,7 +57,10 @@ struct config {
     u32 services;
     /* CONFIG_* */
     u32 flags;
-    u32 reserved[13];
+    u32 reserved0;
+    /* How old a reading of the clock may be in ns, see clock.h; 0: it is read for every packet. */
+    u64 slack;
+    u32 reserved[10];
 };
 
 /* Every flow of `nat` whose answers may come is in `bound`: an answer that is not found there is dropped here. */
@@ -258,18 +261,30 @@ struct seen {
     u8 registers[2][REGISTERS];
 };
 
+/* A reading of the clock: clock.h. */
+struct clock {
+    u64 now;
+    /* Jiffies before it. */
+    u64 ticks;
+    /* Frames that it has served. */
+    u64 uses;
+    u64 reserved[5];
+};
+
 /* What became of frames on one processor. */
 struct tally {
+    struct clock clock;
     u64 events[TALLY_EVENTS];
     u64 drops[TALLY_DROPS];
     u64 up[TALLY_UP];
-    u64 reserved[32];
+    u64 reserved[24];
 };
 
 #define CHECK_SIZE(type, size) _Static_assert(sizeof(struct type) == (size), "size of " #type)
 #define CHECK_OFFSET(type, field, at) _Static_assert(__builtin_offsetof(struct type, field) == (at), #type "." #field)
 CHECK_SIZE(port, 32);
 CHECK_SIZE(config, 128);
+CHECK_OFFSET(config, slack, 80);
 CHECK_SIZE(place, 20);
 CHECK_SIZE(record, 64);
 CHECK_OFFSET(record, current, 16);
@@ -290,6 +305,7 @@ CHECK_SIZE(route_key, 20);
 CHECK_SIZE(neighbour_key, 20);
 CHECK_SIZE(traffic, 64);
 CHECK_SIZE(seen, 528);
+CHECK_SIZE(clock, 64);
 CHECK_SIZE(tally, 1024);
 
 #endif

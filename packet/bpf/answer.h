@@ -46,9 +46,10 @@ static __attribute__((noinline)) int answer_arp(context *ctx, u32 in)
 {
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
+    struct tally *t = own_tally();
     void *plan = plan_in_force();
     u8 *data = (void *)(long)ctx->data;
-    if (!c || !plan || (void *)(data + ARP_FRAME) > (void *)(long)ctx->data_end)
+    if (!c || !t || !plan || (void *)(data + ARP_FRAME) > (void *)(long)ctx->data_end)
         return VERDICT_PASS;
     u8 *arp = data + ETH_LEN;
     /* IPv4 over Ethernet. */
@@ -63,12 +64,12 @@ static __attribute__((noinline)) int answer_arp(context *ctx, u32 in)
     struct record *owned = from[3] ? find_place(plan, from, 0, 0, KIND_OWNED) : 0;
     if (owned) {
         /* Somebody else claims it. Without the lease it is simply another node's. */
-        return boot_ns() < lease_until(owned->group, 1) ? up(ctx, in, UP_CLAIM) : VERDICT_PASS;
+        return is_leased(c, t, owned->group, 1) ? up(ctx, in, UP_CLAIM) : VERDICT_PASS;
     }
     owned = operation == 1 ? find_place(plan, target, 0, 0, KIND_OWNED) : 0;
     if (!owned || (owned->port != PORT_ANY && owned->port != in))
         return VERDICT_PASS;
-    if (boot_ns() >= lease_until(owned->group, 1))
+    if (!is_leased(c, t, owned->group, 1))
         return drop(DROP_NO_LEASE);
     if (!is_unicast(sender))
         return up(ctx, in, UP_DISCOVERY);
@@ -84,7 +85,7 @@ static __attribute__((noinline)) int answer_arp(context *ctx, u32 in)
     *(u32 *)(arp + 24) = from[3];
     if (trim(ctx, ARP_FRAME))
         return VERDICT_DROP;
-    count_event(EVENT_ARP_ANSWERED);
+    count_event(t, EVENT_ARP_ANSWERED);
     return leave(c, in, in);
 }
 
@@ -102,9 +103,10 @@ static __attribute__((noinline)) int answer_nd(context *ctx, u32 in, u32 len)
 {
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
+    struct tally *t = own_tally();
     void *plan = plan_in_force();
     u8 *data = (void *)(long)ctx->data;
-    if (!c || !plan || (void *)(data + ETH_LEN + IPV6_LEN + 24) > (void *)(long)ctx->data_end)
+    if (!c || !t || !plan || (void *)(data + ETH_LEN + IPV6_LEN + 24) > (void *)(long)ctx->data_end)
         return VERDICT_PASS;
     u8 *ip = data + ETH_LEN, *nd = ip + IPV6_LEN;
     /* Redirects and what routers say is the host's. */
@@ -134,7 +136,7 @@ static __attribute__((noinline)) int answer_nd(context *ctx, u32 in, u32 len)
         return up(ctx, in, UP_DISCOVERY);
     if (is_own_mac(c, sender) || (owned->port != PORT_ANY && owned->port != in))
         return VERDICT_PASS;
-    if (boot_ns() >= lease_until(owned->group, 1))
+    if (!is_leased(c, t, owned->group, 1))
         return drop(DROP_NO_LEASE);
 
     u64 own = port_of(c, in)->mac & HOP_MAC;
@@ -155,7 +157,7 @@ static __attribute__((noinline)) int answer_nd(context *ctx, u32 in, u32 len)
     *(u16 *)(nd + 2) = (u16)~sum_fold(nd_sum(ip));
     if (trim(ctx, ND_FRAME))
         return VERDICT_DROP;
-    count_event(EVENT_ND_ANSWERED);
+    count_event(t, EVENT_ND_ANSWERED);
     return leave(c, in, in);
 }
 

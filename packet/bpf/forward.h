@@ -7,10 +7,10 @@
 #include "select.h"
 
 /* A packet of a client to a service. */
-INLINE int forward_request(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, const struct record *r)
+INLINE int forward_request(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, const struct record *r)
 {
-    u64 now = boot_ns();
-    if (now >= lease_until(r->group, 0))
+    u64 until = lease_until(r->group, 0), now = time_before(c, t, until);
+    if (now >= until)
         return drop(DROP_NO_LEASE);
     if (unlikely(r->flags & RECORD_UP))
         return up(ctx, in, UP_ROOM);
@@ -78,8 +78,8 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, u32 in,
     struct size size = size_of(ctx, p);
     if (unlikely(size.largest > port_of(c, out)->mtu))
         return up(ctx, in, UP_TOO_BIG);
-    struct traffic *t = own_traffic(c, number);
-    if (!t)
+    struct traffic *passed = own_traffic(c, number);
+    if (!passed)
         return up(ctx, in, UP_ROOM);
 
     /* From here on it leaves. */
@@ -104,16 +104,16 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, u32 in,
         note_seen(&f->last_seen, now);
     else
         count_seen(number, hash, now);
-    t->packets += size.packets;
-    t->bytes += size.bytes;
+    passed->packets += size.packets;
+    passed->bytes += size.bytes;
     if (!f && is_syn(p))
-        t->new_flows++;
-    count_event(EVENT_FORWARDED);
+        passed->new_flows++;
+    count_event(t, EVENT_FORWARDED);
     return leave(c, in, out);
 }
 
 /* A packet from a backend back to its client. The lease has been looked at. */
-INLINE int forward_answer(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, u32 number, struct end src,
+INLINE int forward_answer(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, u32 number, struct end src,
                           struct end dst, u64 *last_seen, u64 now)
 {
     if (unlikely(p->ttl <= 1))
@@ -125,8 +125,8 @@ INLINE int forward_answer(context *ctx, int v6, const struct config *c, u32 in, 
     struct size size = size_of(ctx, p);
     if (unlikely(size.largest > port_of(c, out)->mtu))
         return up(ctx, in, UP_TOO_BIG);
-    struct traffic *t = own_traffic(c, number);
-    if (!t)
+    struct traffic *passed = own_traffic(c, number);
+    if (!passed)
         return up(ctx, in, UP_ROOM);
 
     u64 own = port_of(c, out)->mac;
@@ -136,17 +136,17 @@ INLINE int forward_answer(context *ctx, int v6, const struct config *c, u32 in, 
         return VERDICT_DROP;
     if (last_seen)
         note_seen(last_seen, now);
-    t->return_packets += size.packets;
-    t->return_bytes += size.bytes;
-    count_event(EVENT_RETURNED);
+    passed->return_packets += size.packets;
+    passed->return_bytes += size.bytes;
+    count_event(t, EVENT_RETURNED);
     return leave(c, in, out);
 }
 
 /* A packet to a SNAT address: an answer of a full-NAT backend, or nothing of ours. */
-INLINE int answer_bound(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, u32 group)
+INLINE int answer_bound(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, u32 group)
 {
-    u64 now = boot_ns();
-    if (now >= lease_until(group, 0))
+    u64 until = lease_until(group, 0), now = time_before(c, t, until);
+    if (now >= until)
         return drop(DROP_NO_LEASE);
     struct bound_key key = {};
     u32 *words = (u32 *)key.backend;
@@ -165,21 +165,21 @@ INLINE int answer_bound(context *ctx, int v6, const struct config *c, u32 in, co
         return up(ctx, in, UP_ROOM);
     if (!(READ_ONCE(s->flags) & SERVICE_IN_PLAN))
         return drop(DROP_NO_SERVICE);
-    if (s->group != group && now >= lease_until(s->group, 0))
+    if (s->group != group && !is_leased(c, t, s->group, 0))
         return drop(DROP_NO_LEASE);
     if (!is_plain(p))
         return up(ctx, in, UP_SEGMENT);
     if (!(b->flags & FLOW_STEADY))
         return up(ctx, in, UP_UNSTEADY);
     struct end src = {(const u32 *)s->vip, s->port}, dst = {(const u32 *)b->client, b->client_port};
-    return forward_answer(ctx, v6, c, in, p, b->backend, src, dst, &b->last_seen, now);
+    return forward_answer(ctx, v6, c, t, in, p, b->backend, src, dst, &b->last_seen, now);
 }
 
 /* A packet from a `nat-transparent` backend to a client. */
-INLINE int answer_transparent(context *ctx, int v6, const struct config *c, u32 in, const struct packet *p, const struct record *r)
+INLINE int answer_transparent(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, const struct record *r)
 {
-    u64 now = boot_ns();
-    if (now >= lease_until(r->group, 0))
+    u64 until = lease_until(r->group, 0), now = time_before(c, t, until);
+    if (now >= until)
         return drop(DROP_NO_LEASE);
     if (unlikely(r->flags & RECORD_UP))
         return up(ctx, in, UP_ROOM);
@@ -202,7 +202,7 @@ INLINE int answer_transparent(context *ctx, int v6, const struct config *c, u32 
         }
     }
     struct end src = {(const u32 *)r->vip, r->vip_port}, dst = {};
-    return forward_answer(ctx, v6, c, in, p, r->backend, src, dst, last_seen, now);
+    return forward_answer(ctx, v6, c, t, in, p, r->backend, src, dst, last_seen, now);
 }
 
 /* Whether an address is neither the host's own nor one of many: engine/core.rs. */

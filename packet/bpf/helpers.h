@@ -42,6 +42,7 @@ typedef __u64 u64;
 
 static void *(*const map_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
 static u64 (*const boot_ns)(void) = (void *)BPF_FUNC_ktime_get_boot_ns;
+static u64 (*const jiffies)(void) = (void *)BPF_FUNC_jiffies64;
 static u32 (*const cpu_id)(void) = (void *)BPF_FUNC_get_smp_processor_id;
 static long (*const redirect)(u32 ifindex, u64 flags) = (void *)BPF_FUNC_redirect;
 #ifdef KOMAINU_XDP

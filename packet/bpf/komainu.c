@@ -48,7 +48,7 @@ static __attribute__((noinline)) int odd(context *ctx, const struct packet *p, u
     }
 }
 
-INLINE int handle_ip(context *ctx, int v6, const struct config *c, u32 in, u32 to_us)
+INLINE int handle_ip(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, u32 to_us)
 {
     struct packet p = {};
     enum parsed parsed = v6 ? parse_v6(ctx, &p) : parse_v4(ctx, &p);
@@ -71,18 +71,18 @@ INLINE int handle_ip(context *ctx, int v6, const struct config *c, u32 in, u32 t
         return find_place(plan, p.dst, 0, 0, KIND_OWNED) ? drop(DROP_LINK_BROADCAST) : VERDICT_PASS;
     struct record *r = find_place(plan, p.dst, p.dst_port, p.protocol, KIND_SERVICE);
     if (r)
-        return forward_request(ctx, v6, c, in, &p, r);
+        return forward_request(ctx, v6, c, t, in, &p, r);
     r = find_place(plan, p.dst, 0, 0, KIND_OWNED);
     if (r) {
         if (r->flags & RECORD_SNAT)
-            return answer_bound(ctx, v6, c, in, &p, r->group);
-        return drop(boot_ns() < lease_until(r->group, 0) ? DROP_NO_SERVICE : DROP_NO_LEASE);
+            return answer_bound(ctx, v6, c, t, in, &p, r->group);
+        return drop(is_leased(c, t, r->group, 0) ? DROP_NO_SERVICE : DROP_NO_LEASE);
     }
     if (v6 && is_mapped(p.src))
         return VERDICT_PASS;
     r = find_place(plan, p.src, p.src_port, p.protocol, KIND_ANSWER);
     if (r && is_foreign(v6, p.dst))
-        return answer_transparent(ctx, v6, c, in, &p, r);
+        return answer_transparent(ctx, v6, c, t, in, &p, r);
     return VERDICT_PASS;
 }
 
@@ -90,7 +90,8 @@ INLINE int handle(context *ctx, u32 ifindex)
 {
     u32 zero = 0, in;
     struct config *c = map_lookup(&config, &zero);
-    if (!c)
+    struct tally *t = own_tally();
+    if (!c || !t)
         return VERDICT_PASS;
     if (ifindex == c->ports[PORT_SERVICE].ifindex)
         in = PORT_SERVICE;
@@ -107,9 +108,9 @@ INLINE int handle(context *ctx, u32 ifindex)
         return VERDICT_PASS;
     switch (*(u16 *)(data + 12)) {
     case swap16(ETHERTYPE_IPV4):
-        return handle_ip(ctx, 0, c, in, to_us);
+        return handle_ip(ctx, 0, c, t, in, to_us);
     case swap16(ETHERTYPE_IPV6):
-        return handle_ip(ctx, 1, c, in, to_us);
+        return handle_ip(ctx, 1, c, t, in, to_us);
     case swap16(ETHERTYPE_ARP):
         return answer_arp(ctx, in);
     default:

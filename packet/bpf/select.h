@@ -7,6 +7,7 @@
 #define KOMAINU_SELECT_H
 
 #include "hash.h"
+#include "clock.h"
 #include "parse.h"
 
 /* Until when the node may forward for the group, or answer for its addresses; 0: not at all. */
@@ -19,6 +20,12 @@ INLINE u64 lease_until(u32 group, int answer)
     u64 until = answer ? READ_ONCE(l->answer_until) : READ_ONCE(l->forward_until);
     /* A cell that has become another group's meanwhile permits nothing. */
     return READ_ONCE(l->group) == (u64)group + 1 ? until : 0;
+}
+
+INLINE int is_leased(const struct config *c, struct tally *t, u32 group, int answer)
+{
+    u64 until = lease_until(group, answer);
+    return time_before(c, t, until) < until;
 }
 
 /* The table of the plan in force. */

@@ -115,11 +115,9 @@ INLINE int leave(const struct config *c, u32 in, u32 out)
     return redirect(port_of(c, out)->ifindex, 0);
 }
 
-INLINE void count_event(u32 event)
+INLINE void count_event(struct tally *t, u32 event)
 {
-    struct tally *t = own_tally();
-    if (t)
-        t->events[event]++;
+    t->events[event]++;
 }
 
 #endif

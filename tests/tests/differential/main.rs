@@ -9,6 +9,7 @@
 //! | `world` | both sides, and the comparison |
 //! | `frames` | what is sent |
 //! | `rules` | what the program may leave to the engine: everything else it must do itself |
+//! | `clock` | leases that end, and clocks that stood still |
 //! | `build` | plans and frames, those of the fuzz targets |
 //! | `load` | the program by itself: it loads, its types are those of the maps, its hashes those of `hash.rs` |
 
@@ -18,6 +19,7 @@
 #[path = "../../fuzz/src/build.rs"]
 #[allow(dead_code, missing_docs, reason = "shared with the fuzz targets, which use the rest of it")]
 mod build;
+mod clock;
 mod frames;
 mod load;
 mod rng;

@@ -109,7 +109,11 @@ plain! {
         /// `CONFIG_*`.
         flags: u32,
         /// Zero.
-        reserved: [u32; 13],
+        reserved0: u32,
+        /// How old a reading of the clock may be, in nanoseconds; 0: it is read for every packet.
+        slack: u64,
+        /// Zero.
+        reserved: [u32; 10],
     }
     /// `struct place`: key of a generation's table.
     Place: 20 {
@@ -299,8 +303,21 @@ plain! {
         /// Registers, those of the newest window at `window & 1`.
         registers: [[u8; REGISTERS]; 2],
     }
+    /// `struct clock`: a reading of the clock.
+    Clock: 64 {
+        /// Nanoseconds of `CLOCK_BOOTTIME`.
+        now: u64,
+        /// Jiffies before it was read.
+        ticks: u64,
+        /// Frames that it has served.
+        uses: u64,
+        /// Zero.
+        reserved: [u64; 5],
+    }
     /// `struct tally`: what became of frames on one processor.
     Tally: 1024 {
+        /// Its last reading of the clock.
+        clock: Clock,
         /// In the order of [`Event::ALL`].
         events: [u64; TALLY_EVENTS],
         /// In the order of [`Reason::ALL`].
@@ -308,7 +325,7 @@ plain! {
         /// In the order of [`Up::ALL`].
         up: [u64; TALLY_UP],
         /// Zero.
-        reserved: [u64; 32],
+        reserved: [u64; 24],
     }
 }
 

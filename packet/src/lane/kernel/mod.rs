@@ -29,6 +29,7 @@ pub mod program;
 mod sync;
 pub mod sys;
 mod tap;
+mod ticks;
 mod ways;
 
 pub use check::{Choice, choose, clean_up, is_left};

@@ -11,10 +11,11 @@ use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, Bench, BoundCell, BoundKey, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey,
+    self, BackendCell, Bench, BoundCell, BoundKey, Clock, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey,
     PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
 use super::sys::{self, Mapped, Ran};
+use super::ticks;
 use crate::drops::Reason;
 use crate::engine::{Event, Port};
 use crate::lane::kernel::abi::Plain;
@@ -324,8 +325,12 @@ impl Maps {
     }
 
     fn with_config(self) -> Maps {
-        let config =
-            Config { backends: self.sizes.backends, services: self.sizes.services, ..Config::zeroed() };
+        let config = Config {
+            backends: self.sizes.backends,
+            services: self.sizes.services,
+            slack: ticks::slack(),
+            ..Config::zeroed()
+        };
         self.config.write(0, &config);
         self
     }
@@ -375,6 +380,23 @@ impl Maps {
             let change = |word: u64| Some(word & !u64::from(mask) | u64::from(flags));
             // The closure never refuses.
             let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        }
+    }
+
+    /// Says how old a reading of the clock may be, in nanoseconds, that a lease is compared with; 0: the clock is read for every
+    /// packet. What is right for the machine was written when the program was loaded.
+    pub fn set_slack(&self, slack: u64) {
+        if let Some(word) = self.config.word(0, std::mem::offset_of!(Config, slack)) {
+            word.store(slack, Ordering::Release);
+        }
+    }
+
+    /// Has every processor believe that this was its last reading of the clock, for tests.
+    pub fn set_clocks(&self, clock: &Clock) {
+        for cpu in 0..self.cpus {
+            if let Some(tally) = self.tally.read(cpu) {
+                self.tally.write(cpu, &Tally { clock: *clock, ..tally });
+            }
         }
     }
 
@@ -600,6 +622,10 @@ impl Maps {
         let mut sum = Tally::zeroed();
         for cpu in 0..self.cpus {
             let Some(t) = self.tally.read(cpu) else { continue };
+            // Of the clocks the newest.
+            if t.clock.now > sum.clock.now {
+                sum.clock = t.clock;
+            }
             let add = |to: &mut [u64], from: &[u64]| to.iter_mut().zip(from).for_each(|(to, n)| *to += n);
             add(&mut sum.events, &t.events);
             add(&mut sum.drops, &t.drops);
