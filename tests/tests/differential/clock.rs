@@ -34,8 +34,7 @@ impl Bed {
         let service = PortConfig { mac: SERVICE_MAC, ifindex: 1, mtu: 1500, addresses: vec![] };
         let config = EngineConfig { service, inside: None, max_flows: 16, new_flows_per_second: 0, seed: 1 };
         let mut engine = Engine::new(config, Arc::new(LeaseBoard::new()));
-        let backend =
-            BackendSpec { place: 0, second_port: false, weight: 1, base_weight: 1, alive: true };
+        let backend = BackendSpec { place: 0, second_port: false, weight: 1, base_weight: 1, alive: true };
         let spec = ServiceSpec {
             id: 1,
             second_vip: false,

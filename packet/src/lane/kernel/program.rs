@@ -11,8 +11,8 @@ use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, Bench, BoundCell, BoundKey, Clock, Config, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey,
-    PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
+    self, BackendCell, Bench, BoundCell, BoundKey, Clock, Config, FlowCell, FlowKey, Hop, LeaseCell,
+    NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
 use super::sys::{self, Mapped, Ran};
 use super::ticks;
