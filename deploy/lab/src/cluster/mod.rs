@@ -501,11 +501,20 @@ impl Cluster {
         std::fs::read_to_string(&self.node(name).log).unwrap_or_default()
     }
 
-    /// The last lines of every node's log.
+    /// The last lines of every node's log, and what each that runs has dropped.
     pub fn log_tails(&self) -> String {
         let mut text = String::new();
         for (name, node) in &self.nodes {
             let _ = writeln!(text, "---- {name} (id {})\n{}", node.id, tail(&node.log, LOG_TAIL));
+            if node.process.is_some() {
+                let _ = match self.status(name) {
+                    Ok(mut status) => {
+                        status.drops.retain(|_, count| *count > 0);
+                        writeln!(text, "drops: {:?}", status.drops)
+                    }
+                    Err(e) => writeln!(text, "no status: {e}"),
+                };
+            }
         }
         text
     }
