@@ -66,7 +66,7 @@ use socket::Place;
 
 /// Ring slots of a lane that was told nothing else, for each interface: 34 MB. At 200 000 frames a second it bridges 2.5 ms
 /// in which the thread does not run.
-pub const DEFAULT_RING_SLOTS: usize = 512;
+pub const DEFAULT_RING_SLOTS: usize = 4 * ring::SLOTS_PER_BLOCK;
 /// How long a question may take: the thread answers between two batches.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// A thread that has started no round for this long is stuck. Several times [`run::LONGEST_SLEEP`], because a machine under

@@ -18,11 +18,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::offload::VNET_HDR_LEN;
 use super::sys::{self, Mapping, Piece};
 
-/// Bytes of a block: physically contiguous where the kernel has that, else from vmalloc. A power of two, because the
-/// page allocator rounds up to one.
-const BLOCK_LEN: usize = 2 << 20;
+/// Bytes of a block, a power of two. More than the page allocator hands out in one piece, so that it comes from vmalloc,
+/// page by page: of what it hands out in one piece the kernel clears the whole ring without letting anybody else run where
+/// it is built without preemption (`CONFIG_PREEMPT_NONE`). In a virtual machine whose host had taken the memory back that
+/// was 50 to 100 ms, in which not even a real-time thread renewed a lease.
+const BLOCK_LEN: usize = 8 << 20;
+/// The most that the page allocator hands out: `MAX_PAGE_ORDER` is 10 (`include/linux/mmzone.h`), with pages of 4 KiB.
+const PAGE_ALLOCATOR_MAX: usize = 4096 << 10;
+const _: () = assert!(BLOCK_LEN > PAGE_ALLOCATOR_MAX);
 /// Slots in a block: the most for which a slot holds 64 KiB, a link-layer header with a VLAN tag, and the headers in front.
-const SLOTS_PER_BLOCK: usize = 31;
+pub const SLOTS_PER_BLOCK: usize = 127;
 /// Bytes of a slot, a multiple of `TPACKET_ALIGNMENT`.
 pub const SLOT_LEN: usize = BLOCK_LEN / SLOTS_PER_BLOCK / libc::TPACKET_ALIGNMENT * libc::TPACKET_ALIGNMENT;
 /// Bytes kept free in front of the virtio-net header, so that a VLAN tag or an outer header can be put in place.
