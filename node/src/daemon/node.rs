@@ -121,7 +121,7 @@ impl Node {
             });
         }
         if let Some(d) = &data_path {
-            tasks.spawn(watch_self(config, d.path.lane().clone(), cluster.clone(), self_health));
+            tasks.spawn(watch_self(config, d, cluster.clone(), self_health));
         }
         tasks.spawn(follow(
             cluster.view(),
@@ -236,20 +236,23 @@ fn start_data_path(
     Ok(RunningDataPath { path, checker, installer: Arc::new(installer) })
 }
 
-/// Keeps telling the cluster layer whether this node is fit.
+/// Keeps telling the cluster layer whether this node is fit, and the checks whether they can mean anything.
 fn watch_self(
     config: &NodeConfig,
-    lane: SharedLane,
+    data_path: &RunningDataPath,
     cluster: ClusterHandle,
     newest: Arc<Mutex<SelfHealth>>,
 ) -> impl Future<Output = RunError> + use<> {
     let gateway = config.service.as_ref().and_then(|s| s.gateway);
+    let (lane, checker) = (data_path.path.lane().clone(), data_path.checker.clone());
     async move {
         self_health::watch(lane, gateway, |health| {
             match health.fit() {
                 true => tracing::info!("fit to own VIP groups"),
                 false => tracing::warn!(reason = health.reason, "not fit to own VIP groups"),
             }
+            // A gateway that is silent says nothing about backends.
+            checker.set_cut_off(!health.links_up || !health.forwarding);
             *newest.lock().expect("a panic anywhere ends the process") = health.clone();
             cluster.set_self_health(health);
         })

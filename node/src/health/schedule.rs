@@ -8,6 +8,9 @@
 //! are only kept apart by [`FIRST_CHECK_SPACING`]. The second one comes at a random point of the interval and every
 //! later one after the interval ±10 %, so that checks of many backends, and those of several balancers, spread out and
 //! never fall into step. All of it is monotonic time; a step of the wall clock moves nothing.
+//!
+//! **A node that is cut off learns nothing of backends.** While an interface of the data path has no link, and for
+//! [`SETTLING`] after, a failed check is shown but not counted: see [`Checker::set_cut_off`].
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -33,6 +36,9 @@ use super::rise_fall::RiseFall;
 pub const MAX_CONCURRENT: usize = 256;
 /// Distance between the first checks of backends that appear together: 1000 backends are asked within two seconds.
 pub const FIRST_CHECK_SPACING: Duration = Duration::from_millis(2);
+/// How long after its link has come back a node's own failures count for nothing: a neighbour that had another link-layer
+/// address for it may keep that for a second (Linux: `net.ipv4.neigh.*.locktime`), and a bridge learns where it is meanwhile.
+pub const SETTLING: Duration = Duration::from_secs(2);
 /// Share of the interval by which each wait may be shorter or longer.
 const JITTER: f64 = 0.1;
 
@@ -80,7 +86,7 @@ pub struct CheckStatus {
     pub reason: String,
     /// Checks that passed since the node started to check this backend.
     pub passed: u64,
-    /// Checks that failed.
+    /// Checks that failed, counted or not.
     pub failed: u64,
     /// How long the newest check took; zero before the first.
     pub took: Duration,
@@ -101,6 +107,14 @@ struct Common {
     probe: Arc<dyn Probe>,
     report: Report,
     permits: Semaphore,
+    /// Failures of checks that began before this instant don't count; none does while it is absent.
+    counts_from: Mutex<Option<Instant>>,
+}
+
+impl Common {
+    fn counts(&self, answer: &Answer, asked: Instant) -> bool {
+        answer.success || lock(&self.counts_from).is_some_and(|from| asked >= from)
+    }
 }
 
 struct Running {
@@ -122,7 +136,12 @@ struct Slot {
 impl Checker {
     /// A checker without backends. Tasks run on `runtime`; `seed` makes the jitter reproducible.
     pub fn new(runtime: Handle, probe: Arc<dyn Probe>, report: Report, seed: u64) -> Self {
-        let common = Arc::new(Common { probe, report, permits: Semaphore::new(MAX_CONCURRENT) });
+        let common = Arc::new(Common {
+            probe,
+            report,
+            permits: Semaphore::new(MAX_CONCURRENT),
+            counts_from: Mutex::new(Some(Instant::now())),
+        });
         Checker { runtime, common, running: Mutex::default(), seed }
     }
 
@@ -155,6 +174,17 @@ impl Checker {
         }
         for gone in old.into_values() {
             gone.abort();
+        }
+    }
+
+    /// Says whether this node is cut off from its networks. What fails then fails for its own reasons, and when it owns a
+    /// group again its verdicts of that time would take good backends out. Idempotent.
+    pub fn set_cut_off(&self, cut_off: bool) {
+        let mut from = lock(&self.common.counts_from);
+        match (cut_off, *from) {
+            (true, _) => *from = None,
+            (false, None) => *from = Some(Instant::now() + SETTLING),
+            (false, Some(_)) => {}
         }
     }
 
@@ -257,8 +287,8 @@ impl Slot {
         }
     }
 
-    fn record(&mut self, answer: Answer, took: Duration, report: &Report) {
-        let changed = self.counter.record(answer.success);
+    fn record(&mut self, answer: Answer, took: Duration, counts: bool, report: &Report) {
+        let changed = if counts { self.counter.record(answer.success) } else { None };
         self.status.health = self.counter.health();
         self.status.reason = answer.reason;
         self.status.took = took;
@@ -268,7 +298,7 @@ impl Slot {
             false => self.status.failed += 1,
         }
         // A verdict taken over from the cluster is confirmed by the first result that agrees with it.
-        let confirmed = !self.reported && self.status.health == verdict_of(answer.success);
+        let confirmed = counts && !self.reported && self.status.health == verdict_of(answer.success);
         if changed.is_some() || confirmed {
             self.reported = true;
             report(self.observation());
@@ -304,7 +334,8 @@ async fn check(
             if slot.generation != generation {
                 return;
             }
-            slot.record(answer, asked.elapsed(), &common.report);
+            let counts = common.counts(&answer, asked);
+            slot.record(answer, asked.elapsed(), counts, &common.report);
         }
         let wait = if is_first { spread(interval, &mut rng) } else { jittered(interval, &mut rng) };
         is_first = false;

@@ -110,6 +110,34 @@ async fn falls_and_rises_and_reports_only_changes() {
     assert_eq!(bench.reports(), [(1, Health::Up)]);
 }
 
+/// A node whose interface had been gone took good backends out when it owned the group again: its own failures of that time,
+/// and of the second after it, in which its neighbours still had its old link-layer address, had counted.
+#[tokio::test(start_paused = true)]
+async fn failures_of_a_node_that_is_cut_off_or_settling_do_not_count() {
+    let bench = Bench::new();
+    bench.checker.set_targets(vec![target(1), target(2)]);
+    after(5000).await;
+    assert_eq!(bench.reports().len(), 2);
+    bench.set_down(&[1, 2]);
+    bench.checker.set_cut_off(true);
+    after(20_000).await;
+    assert_eq!(bench.reports(), []);
+    let status = bench.checker.status(BackendId(1)).unwrap();
+    assert_eq!((status.health, status.reason.as_str()), (Health::Up, "not fine"));
+    bench.checker.set_cut_off(false);
+    after(SETTLING.as_millis() as u64).await;
+    bench.set_down(&[2]);
+    after(2500).await;
+    assert_eq!(bench.reports(), [], "what failed before counts for nothing now");
+    after(2000).await;
+    assert_eq!(bench.reports(), [(2, Health::Down)], "what fails after does");
+    // A success is one at any time.
+    bench.checker.set_cut_off(true);
+    bench.set_down(&[]);
+    after(5000).await;
+    assert_eq!(bench.reports(), [(2, Health::Up)]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn intervals_are_jittered_and_kept() {
     let bench = Bench::new();
