@@ -207,6 +207,9 @@ impl Drop for AliveGuard {
 impl Worker {
     fn run(mut self) {
         let _guard = AliveGuard(Arc::clone(&self.shared));
+        // The first answers of a new owner wait here until the kernel has resolved its clients, so this thread runs as soon as
+        // the one that forwards. Where that is not allowed, that one has said so.
+        let _ = crate::lane::af_packet::sys::prefer_this_thread();
         let start = Instant::now();
         let (mut reread, mut resync) = (false, false);
         let (mut reread_not_before, mut resync_at) = (start, start + RESYNC_EVERY);

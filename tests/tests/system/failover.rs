@@ -30,7 +30,11 @@ impl Rounds {
         println!("{what}: {} of {} lost", report.lost(), report.sent);
         let account = report.gaps.first().map_or_else(String::new, |first| {
             let around = bed.wire().around(first.from, Duration::from_millis(60));
-            format!("{what}: {:?}\n{around}", report.gaps)
+            let drops = bed.cluster.running().into_iter().map(|name| match bed.cluster.status(&name) {
+                Ok(status) => format!("{name} dropped {:?}\n", status.drops),
+                Err(e) => format!("{name}: {e}\n"),
+            });
+            format!("{what}: {:?}\n{}{around}", report.gaps, drops.collect::<String>())
         });
         self.0.push((report.lost(), account));
     }
