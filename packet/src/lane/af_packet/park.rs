@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn every_bound_holds() {
         let mut park = Park::default();
-        let taken = (0..100).filter(|_| park.add(Port::Service, hop(0), frame(0), at(0))).count();
+        let taken = (0..1000).filter(|_| park.add(Port::Service, hop(0), frame(0), at(0))).count();
         assert_eq!(taken, MAX_FRAMES_PER_HOP);
         let hops = (1..1000).filter(|i| park.add(Port::Service, hop(*i), frame(0), at(0))).count();
         assert_eq!(hops, MAX_HOPS - 1);
