@@ -4,7 +4,7 @@
  * sizes and offsets are asserted below, and a test compares both sides by the objects' BTF.
  *
  * Who writes what:
- *   user space only   config, generation, slots, backends, services, leases, routes, neighbours, host; flows and bound (their
+ *   user space only   config, generation, slots, backends, services, filters, leases, routes, neighbours, host; flows and bound (their
  *                     entries and everything in them but `last_seen`)
  *   the program only  traffic, tally, seen; `last_seen` of flows and bound
  *
@@ -60,8 +60,16 @@ struct config {
     u32 reserved0;
     /* How old a reading of the clock may be in ns, see clock.h; 0: it is read for every packet. */
     u64 slack;
-    u32 reserved[10];
+    /* The plan in force: PLAN_* */
+    u64 plan;
+    u32 reserved[8];
 };
+
+/* In `config.plan`: the entry of `generation` that it stands in, how far a hash is shifted to number its cells, what the hash
+ * begins with. One word, so that a packet that reads it once sees one plan. */
+#define PLAN_ENTRY(word) ((u32)(word) & 1)
+#define PLAN_SHIFT(word) ((u32)(word) >> 8 & 63)
+#define PLAN_SEED(word) ((u32)((word) >> 32))
 
 /* Every flow of `nat` whose answers may come is in `bound`: an answer that is not found there is dropped here. */
 #define CONFIG_BOUND_COMPLETE 1u
@@ -123,6 +131,17 @@ struct record {
     u32 reserved[3];
 };
 
+/* A cell of the plan's table: a place is found at the cell that its hash names or, where others stand there, behind them without a
+ * gap, PLACE_PROBES cells away at most. */
+struct place_entry {
+    struct place place;
+    u32 used;
+    u64 reserved0;
+    struct record record;
+    u64 reserved[4];
+};
+#define PLACE_PROBES 16
+
 /* A slot: number of the backend's state + 1, 0 for nobody, and flags. */
 #define SLOT_NUMBER 0x00ffffff
 /* New flows may go to it. */
@@ -173,7 +192,18 @@ struct service {
     u8 vip[16];
     u16 port;
     u16 reserved0;
-    u32 reserved[9];
+    /* Number of its filter + 1; 0: none, every packet looks for its flow. */
+    u32 filter;
+    u32 reserved[8];
+};
+
+/* Which flows of a service may be remembered, so that the packets of the rest need not look for theirs: a bit for each 2^16th of what
+ * their hash (hash_flow with HASH_SEED) may be. There are FILTERS of them, FILTER_LINES cache lines each. */
+#define FILTERS 256
+#define FILTER_LINES 128
+
+struct filter_line {
+    u64 bits[8];
 };
 
 /* As in lease.rs. */
@@ -287,6 +317,8 @@ CHECK_SIZE(config, 128);
 CHECK_OFFSET(config, slack, 80);
 CHECK_SIZE(place, 20);
 CHECK_SIZE(record, 64);
+CHECK_SIZE(place_entry, 128);
+CHECK_OFFSET(place_entry, record, 32);
 CHECK_OFFSET(record, current, 16);
 CHECK_OFFSET(record, vip, 32);
 CHECK_SIZE(slot_line, 64);
@@ -294,6 +326,8 @@ CHECK_SIZE(backend, 64);
 CHECK_OFFSET(backend, port, 24);
 CHECK_SIZE(service, 64);
 CHECK_OFFSET(service, port, 24);
+CHECK_OFFSET(service, filter, 28);
+CHECK_SIZE(filter_line, 64);
 CHECK_SIZE(lease, 64);
 CHECK_SIZE(flow_key, 24);
 CHECK_SIZE(flow, 32);

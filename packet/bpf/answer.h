@@ -47,9 +47,11 @@ static __attribute__((noinline)) int answer_arp(context *ctx, u32 in)
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
     struct tally *t = own_tally();
-    void *plan = plan_in_force();
     u8 *data = (void *)(long)ctx->data;
-    if (!c || !t || !plan || (void *)(data + ARP_FRAME) > (void *)(long)ctx->data_end)
+    if (!c || !t || (void *)(data + ARP_FRAME) > (void *)(long)ctx->data_end)
+        return VERDICT_PASS;
+    struct plan plan = plan_in_force(c);
+    if (!plan.table)
         return VERDICT_PASS;
     u8 *arp = data + ETH_LEN;
     /* IPv4 over Ethernet. */
@@ -104,9 +106,11 @@ static __attribute__((noinline)) int answer_nd(context *ctx, u32 in, u32 len)
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
     struct tally *t = own_tally();
-    void *plan = plan_in_force();
     u8 *data = (void *)(long)ctx->data;
-    if (!c || !t || !plan || (void *)(data + ETH_LEN + IPV6_LEN + 24) > (void *)(long)ctx->data_end)
+    if (!c || !t || (void *)(data + ETH_LEN + IPV6_LEN + 24) > (void *)(long)ctx->data_end)
+        return VERDICT_PASS;
+    struct plan plan = plan_in_force(c);
+    if (!plan.table)
         return VERDICT_PASS;
     u8 *ip = data + ETH_LEN, *nd = ip + IPV6_LEN;
     /* Redirects and what routers say is the host's. */

@@ -20,22 +20,24 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
 
     struct flow *f = 0;
     u32 number, hash = 0;
-    int consult = r->flags & RECORD_TRACKS_ALL;
-    if (!consult && p->protocol == PROTO_TCP) {
-        u32 service = r->service;
-        struct service *s = map_lookup(&services, &service);
-        if (!s)
-            return up(ctx, in, UP_ROOM);
-        u32 flags = READ_ONCE(s->flags);
-        if (flags & SERVICE_CONSULT) {
-            f = find_flow(service, p->src, p->src_port);
-            if (!f && !(flags & SERVICE_CONCLUSIVE))
-                return up(ctx, in, UP_FLOW);
-        }
-    } else if (consult) {
+    if (r->flags & RECORD_TRACKS_ALL) {
         f = find_flow(r->service, p->src, p->src_port);
         if (!f)
             return up(ctx, in, UP_FLOW);
+    } else {
+        hash = hash_flow(HASH_SEED, v6, p->src, p->src_port, p->dst, p->dst_port, p->protocol);
+        if (p->protocol == PROTO_TCP) {
+            u32 service = r->service;
+            struct service *s = map_lookup(&services, &service);
+            if (!s)
+                return up(ctx, in, UP_ROOM);
+            u32 flags = READ_ONCE(s->flags);
+            if (flags & SERVICE_CONSULT && may_be_remembered(s, hash)) {
+                f = find_flow(service, p->src, p->src_port);
+                if (!f && !(flags & SERVICE_CONCLUSIVE))
+                    return up(ctx, in, UP_FLOW);
+            }
+        }
     }
     if (f) {
         if (!is_plain(p))
@@ -44,8 +46,8 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
             return up(ctx, in, UP_UNSTEADY);
         number = f->backend;
     } else {
-        hash = r->flags & RECORD_SOURCE_IP ? hash_client(HASH_SEED, v6, p->src)
-                                           : hash_flow(HASH_SEED, v6, p->src, p->src_port, p->dst, p->dst_port, p->protocol);
+        if (r->flags & RECORD_SOURCE_IP)
+            hash = hash_client(HASH_SEED, v6, p->src);
         u32 slot = find_slot(r->current, r->current_size, hash);
         /* A datagram that is not tracked goes where the hash says now. */
         if (unlikely(slot & SLOT_MOVED) && p->protocol == PROTO_TCP) {
@@ -189,7 +191,8 @@ INLINE int answer_transparent(context *ctx, int v6, const struct config *c, stru
         return up(ctx, in, UP_ROOM);
     u64 *last_seen = 0;
     u32 flags = READ_ONCE(s->flags);
-    if (flags & SERVICE_CONSULT) {
+    if (flags & SERVICE_CONSULT &&
+        may_be_remembered(s, hash_flow(HASH_SEED, v6, p->dst, p->dst_port, (const u32 *)r->vip, r->vip_port, p->protocol))) {
         struct flow *f = find_flow(number, p->dst, p->dst_port);
         if (f) {
             if (!is_plain(p))

@@ -37,10 +37,10 @@ struct {
 
 /* In the program these types stand behind nested descriptions of maps, where BTF does not reach: here a test can look at them. */
 struct {
-    UINT(type, BPF_MAP_TYPE_HASH);
+    UINT(type, BPF_MAP_TYPE_ARRAY);
     UINT(max_entries, 1);
-    TYPE(key, struct place);
-    TYPE(value, struct record);
+    TYPE(key, u32);
+    TYPE(value, struct place_entry);
 } places_layout SEC(".maps");
 
 struct {

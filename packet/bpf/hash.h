@@ -96,6 +96,14 @@ INLINE u32 hash_client(u32 seed, int v6, const u32 *client)
     return mix_last(&m);
 }
 
+/* The cell of a place's table: fill.rs `cell_of`. Nobody outside chooses what stands in the table, and user space looks for a seed
+ * that suits it, so little is asked of this hash. `words` are the first, second and last 8 bytes of a key of 20. */
+INLINE u32 hash_place(u32 seed, u32 shift, u64 first, u64 second, u32 last)
+{
+    u64 hash = first * 0x9e3779b97f4a7c15 ^ second * 0xc2b2ae3d27d4eb4f ^ (last ^ (u64)seed << 32 ^ seed) * 0x165667b19e3779f9;
+    return (u32)((hash ^ hash >> 32) * 0xff51afd7ed558ccd >> shift);
+}
+
 /* The slot of `0..size` that `hash` falls on. */
 INLINE u32 hash_scale(u32 hash, u32 size)
 {

@@ -25,8 +25,10 @@ static __attribute__((noinline)) int odd(context *ctx, const struct packet *p, u
 {
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
-    void *plan = plan_in_force();
-    if (!p || !c || !plan)
+    if (!p || !c)
+        return VERDICT_PASS;
+    struct plan plan = plan_in_force(c);
+    if (!plan.table)
         return VERDICT_PASS;
     struct record *owned = find_place(plan, p->dst, 0, 0, KIND_OWNED);
     switch (parsed) {
@@ -64,8 +66,8 @@ INLINE int handle_ip(context *ctx, int v6, const struct config *c, struct tally 
     }
     if (unlikely(parsed != PARSED))
         return odd(ctx, &p, in, v6, parsed, to_us);
-    void *plan = plan_in_force();
-    if (unlikely(!plan))
+    struct plan plan = plan_in_force(c);
+    if (unlikely(!plan.table))
         return VERDICT_PASS;
     if (unlikely(!to_us))
         return find_place(plan, p.dst, 0, 0, KIND_OWNED) ? drop(DROP_LINK_BROADCAST) : VERDICT_PASS;

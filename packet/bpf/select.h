@@ -28,22 +28,50 @@ INLINE int is_leased(const struct config *c, struct tally *t, u32 group, int ans
     return time_before(c, t, until) < until;
 }
 
-/* The table of the plan in force. */
-INLINE void *plan_in_force(void)
+/* The plan in force. */
+struct plan {
+    void *table;
+    u64 word;
+};
+
+INLINE struct plan plan_in_force(const struct config *c)
 {
-    u32 zero = 0;
-    return map_lookup(&generation, &zero);
+    u64 word = READ_ONCE(c->plan);
+    u32 entry = PLAN_ENTRY(word);
+    return (struct plan){map_lookup(&generation, &entry), word};
 }
 
-INLINE struct record *find_place(void *plan, const u32 *address, u16 port, u8 protocol, u8 kind)
+INLINE int is_at(const struct place_entry *cell, u64 first, u64 second, u32 last)
 {
-    struct place key;
-    u32 *words = (u32 *)key.address;
-    words[0] = address[0], words[1] = address[1], words[2] = address[2], words[3] = address[3];
-    key.port = port;
-    key.protocol = protocol;
-    key.kind = kind;
-    return map_lookup(plan, &key);
+    const u64 *address = (const u64 *)cell->place.address;
+    return address[0] == first && address[1] == second && *(const u32 *)&cell->place.port == last;
+}
+
+/* From the second cell on. */
+static __attribute__((noinline)) struct record *find_further(void *table, u32 at, u64 first, u64 second, u32 last)
+{
+    for (int i = 1; i < PLACE_PROBES; i++) {
+        at++;
+        struct place_entry *cell = map_lookup(table, &at);
+        if (!cell || !cell->used)
+            return 0;
+        if (is_at(cell, first, second, last))
+            return &cell->record;
+    }
+    return 0;
+}
+
+INLINE struct record *find_place(struct plan plan, const u32 *address, u16 port, u8 protocol, u8 kind)
+{
+    u64 first = (u64)address[1] << 32 | address[0], second = (u64)address[3] << 32 | address[2];
+    u32 last = (u32)kind << 24 | (u32)protocol << 16 | port;
+    u32 at = hash_place(PLAN_SEED(plan.word), PLAN_SHIFT(plan.word), first, second, last);
+    struct place_entry *cell = map_lookup(plan.table, &at);
+    if (!cell || !cell->used)
+        return 0;
+    if (likely(is_at(cell, first, second, last)))
+        return &cell->record;
+    return find_further(plan.table, at, first, second, last);
 }
 
 /* The slot of a table that `hash` falls on. */
@@ -69,6 +97,17 @@ INLINE int is_plain(const struct packet *p)
 INLINE int is_syn(const struct packet *p)
 {
     return p->protocol == PROTO_TCP && (p->flags & (TCP_RST | TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* Whether a flow of that hash may be remembered. */
+INLINE int may_be_remembered(const struct service *s, u32 hash)
+{
+    u32 filter = READ_ONCE(s->filter);
+    if (!filter)
+        return 1;
+    u32 number = (filter - 1) * FILTER_LINES + (hash >> 25);
+    struct filter_line *line = map_lookup(&filters, &number);
+    return !line || READ_ONCE(line->bits[hash >> 22 & 7]) >> (hash >> 16 & 63) & 1;
 }
 
 INLINE struct flow *find_flow(u32 service, const u32 *client, u16 port)

@@ -16,18 +16,22 @@ use super::sketch::Sketch;
 
 /// A lane's own copy of the remembered flows, all calls from the engine's thread.
 pub trait FlowCache: Send {
-    /// A flow is remembered, or has become steady or ceased to be ([`Flow::is_steady`]). Called before the verdict about the
-    /// packet that did it.
-    fn put(&mut self, flow: &Flow);
+    /// A flow is remembered. `hash` is that of its ends, whatever its service's scheduler goes by. Called before the verdict about
+    /// the packet that did it.
+    fn remember(&mut self, flow: &Flow, hash: u32);
 
-    /// A flow that was put is forgotten.
-    fn remove(&mut self, flow: &Flow);
+    /// A remembered flow has become steady or ceased to be ([`Flow::is_steady`]). Called before the verdict about the packet that
+    /// did it.
+    fn change(&mut self, flow: &Flow);
 
-    /// When the last packet of a flow that was put passed without the engine, if one did.
+    /// A remembered flow is forgotten.
+    fn forget(&mut self, flow: &Flow, hash: u32);
+
+    /// When the last packet of a remembered flow passed without the engine, if one did.
     fn last_seen(&self, flow: &Flow) -> Option<BootTime>;
 
-    /// Whether the service with that number has remembered flows at all. `true` comes before the first [`FlowCache::put`] of
-    /// such a flow, `false` after the last [`FlowCache::remove`].
+    /// Whether the service with that number has remembered flows at all. `true` comes before the first
+    /// [`FlowCache::remember`] of such a flow, `false` after the last [`FlowCache::forget`].
     fn consult(&mut self, service: u32, consult: bool);
 }
 
@@ -68,7 +72,7 @@ impl Core {
         if let Some(cache) = &mut self.cache
             && touched.changes_steadiness()
         {
-            cache.put(flow);
+            cache.change(flow);
         }
     }
 
@@ -80,7 +84,7 @@ impl Core {
             if self.states.service(flow.service()).remembered == 1 {
                 cache.consult(flow.service(), true);
             }
-            cache.put(flow);
+            cache.remember(flow, self.states.flow_hash(flow));
         }
     }
 
@@ -88,7 +92,7 @@ impl Core {
     pub(crate) fn gone(&mut self, flow: &Flow) {
         self.states.forgotten(flow);
         if let Some(cache) = &mut self.cache {
-            cache.remove(flow);
+            cache.forget(flow, self.states.flow_hash(flow));
             if self.states.service(flow.service()).remembered == 0 {
                 cache.consult(flow.service(), false);
             }

@@ -7,10 +7,11 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
-use crate::flow::{Flow, State};
+use crate::flow::{ClientSide, Flow, State};
+use crate::hash;
 use crate::lane::BackendCounters;
 use crate::plan::{Mode, Protocol};
-use crate::tables::{Backend, Service, Tables};
+use crate::tables::{Backend, HASH_SEED, Service, Tables};
 
 use super::beside::Own;
 use super::sketch::Sketch;
@@ -98,6 +99,14 @@ impl States {
     #[inline]
     pub(crate) fn backend_mut(&mut self, number: u32) -> &mut BackendState {
         &mut self.backends[number as usize]
+    }
+
+    /// Hash of a remembered flow's ends. It stays the same as long as the flow is remembered: what it is made of identifies the
+    /// service.
+    pub(crate) fn flow_hash(&self, flow: &Flow) -> u32 {
+        let ClientSide { service, client, client_port } = flow.client_side();
+        let (_, vip, port, protocol, _) = self.services[service as usize].identity;
+        hash::flow(HASH_SEED, client, client_port, vip, port, protocol.number())
     }
 
     /// A flow is remembered.

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use komainu_packet::engine::{Engine, EngineConfig, Port, PortConfig};
 use komainu_packet::lane::kernel::abi::{self, Bench, FlowCell, FlowKey, Hop, LeaseCell};
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
-use komainu_packet::lane::kernel::program::{Harness, Hook, Kernel, Sizes};
+use komainu_packet::lane::kernel::program::{Harness, Hook, Kernel, Memory, Sizes};
 use komainu_packet::lease::LeaseBoard;
 use komainu_packet::plan::{
     BackendPlan, DeadBackend, GroupPlan, Mode, Plan, Protocol, Scheduler, ServicePlan,
@@ -31,6 +31,8 @@ pub const FLOWS: [u32; 4] = [1, 10_000, 500_000, 4_000_000];
 const BACKENDS: u32 = 100;
 const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
 const GROUP: u32 = 1;
+/// The filter of the one service.
+const FILTER: u32 = 0;
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 /// What the program returns for a packet that leaves by the port that it came by, and for one that goes up.
@@ -129,6 +131,9 @@ impl Bed {
             let (client, port) = client(self.v6, flow);
             let slot = service.slot(service.hash(client, port));
             let Some(backend) = slot.base.filter(|_| all || slot.in_transition()) else { continue };
+            if !all {
+                maps.set_filter(FILTER, service.hash(client, port), true);
+            }
             keys.push(FlowKey {
                 client: abi::wide(client),
                 service: number,
@@ -147,7 +152,7 @@ impl Bed {
         for (keys, cells) in keys.chunks(10_000).zip(cells.chunks(10_000)) {
             maps.put_flows(keys, cells).context("write flows into the program's map")?;
         }
-        maps.set_memory(number, true, true);
+        maps.set_memory(number, Memory::Some { conclusive: true, filter: (!all).then_some(FILTER) });
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! Both sides under one history: an engine alone, and the program with an engine beside it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use komainu_packet::drops::Reason;
 use komainu_packet::engine::{
     Engine, EngineConfig, FrameMut, Passed, Port, PortConfig, Verdict, Windows, compile,
 };
-use komainu_packet::lane::Counters;
+use komainu_packet::hash;
 use komainu_packet::lane::kernel::abi::{
     self, BoundKey, Config, FlowKey, Hop, LeaseCell, Plain, Tally, Traffic, Up,
 };
@@ -16,10 +16,11 @@ use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Maps, Sizes};
 use komainu_packet::lane::kernel::sys::Ran;
+use komainu_packet::lane::{Counters, FlowFilter};
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
 use komainu_packet::plan::{Mode, Plan, Protocol};
-use komainu_packet::tables::{Service, Tables};
+use komainu_packet::tables::{HASH_SEED, Service, Tables};
 use komainu_packet::time::BootTime;
 use komainu_packet::wire::{IpInfo, Net, Pretty, dissect};
 
@@ -507,6 +508,31 @@ impl World {
             }
         }
         assert_eq!(alone, beside, "history {} after frame {}", self.seed, self.frames);
+        self.check_filters(now);
+    }
+
+    /// Filters let packets look for flows that are remembered, and for few others.
+    fn check_filters(&self, now: BootTime) {
+        let tables = self.beside.tables();
+        for (index, service) in (0..).zip(tables.services()) {
+            let cell = self.maps.service(self.beside.service_number(index)).unwrap();
+            if cell.filter == 0 {
+                continue;
+            }
+            let of_service = FlowFilter { service: Some(service.id), backend: None };
+            let flows = self.beside.flows(&of_service, MAX_FLOWS, now);
+            let hash = |client: SocketAddr| {
+                let protocol = service.protocol.number();
+                hash::flow(HASH_SEED, client.ip(), client.port(), service.vip, service.port, protocol)
+            };
+            let expected: BTreeSet<u16> = flows.iter().map(|f| (hash(f.client) >> 16) as u16).collect();
+            let filter: BTreeSet<u16> = self.maps.filter(cell.filter - 1).into_iter().collect();
+            let what = || format!("history {} after frame {}", self.seed, self.frames);
+            assert!(filter.is_superset(&expected), "{}: {filter:?} lacks some of {expected:?}", what());
+            // Flows whose backend is gone are remembered, but not listed.
+            let remembered = self.beside.counters(now).flows;
+            assert!(!filter.is_empty() && filter.len() as u64 <= remembered, "{}: {filter:?}", what());
+        }
     }
 
     /// Prints what became of the frames, and checks that every kind of case came.

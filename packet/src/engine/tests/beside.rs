@@ -23,7 +23,11 @@ struct Book {
 struct Cache(Arc<Mutex<Book>>);
 
 impl FlowCache for Cache {
-    fn put(&mut self, flow: &Flow) {
+    fn remember(&mut self, flow: &Flow, _hash: u32) {
+        self.change(flow);
+    }
+
+    fn change(&mut self, flow: &Flow) {
         let mut book = self.0.lock().unwrap();
         assert!(book.consulted.contains(&flow.service()), "consulted before there is something to find");
         let steady = flow.is_steady();
@@ -31,7 +35,7 @@ impl FlowCache for Cache {
         assert!(before.is_none_or(|(was_steady, _)| was_steady != steady), "told of changes only");
     }
 
-    fn remove(&mut self, flow: &Flow) {
+    fn forget(&mut self, flow: &Flow, _hash: u32) {
         let mut book = self.0.lock().unwrap();
         assert!(book.flows.remove(&flow.client_side()).is_some(), "what was put");
     }

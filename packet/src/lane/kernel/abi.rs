@@ -35,7 +35,7 @@ macro_rules! plain {
     ($($(#[$meta:meta])* $name:ident: $size:literal { $($(#[$field_meta:meta])* $field:ident: $type:ty),+ $(,)? })+) => { $(
         $(#[$meta])*
         #[repr(C)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub struct $name { $($(#[$field_meta])* pub $field: $type),+ }
 
         const _: () = assert!(size_of::<$name>() == $size);
@@ -74,6 +74,12 @@ pub struct Layout {
 pub const LEASES: u32 = MAX_GROUPS as u32;
 /// Slots of one element of a Maglev table.
 pub const SLOTS_PER_LINE: usize = 16;
+/// Filters.
+pub const FILTERS: u32 = 256;
+/// Lines of one.
+pub const FILTER_LINES: u32 = 128;
+/// Cells that are looked at for a [`Place`].
+pub const PLACE_PROBES: u32 = 16;
 /// Registers of a window of [`Seen`].
 pub const REGISTERS: usize = 256;
 /// Room in [`Tally`].
@@ -112,8 +118,10 @@ plain! {
         reserved0: u32,
         /// How old a reading of the clock may be, in nanoseconds; 0: it is read for every packet.
         slack: u64,
+        /// The plan in force, see [`plan_word`].
+        plan: u64,
         /// Zero.
-        reserved: [u32; 10],
+        reserved: [u32; 8],
     }
     /// `struct place`: key of a generation's table.
     Place: 20 {
@@ -157,6 +165,19 @@ plain! {
         /// Zero.
         reserved: [u32; 3],
     }
+    /// `struct place_entry`: a cell of a generation's table.
+    PlaceEntry: 128 {
+        /// What stands here.
+        place: Place,
+        /// Whether anything does.
+        used: u32,
+        /// Zero.
+        reserved0: u64,
+        /// What is to be known of it.
+        record: Record,
+        /// Zero.
+        reserved: [u64; 4],
+    }
     /// `struct slot_line`: sixteen slots of a Maglev table.
     SlotLine: 64 {
         /// `SLOT_*`.
@@ -191,8 +212,15 @@ plain! {
         port: [u8; 2],
         /// Zero.
         reserved0: u16,
+        /// Number of its filter + 1; 0: none.
+        filter: u32,
         /// Zero.
-        reserved: [u32; 9],
+        reserved: [u32; 8],
+    }
+    /// `struct filter_line`: which flows of a service may be remembered.
+    FilterLine: 64 {
+        /// By the upper 16 bits of their hash.
+        bits: [u64; 8],
     }
     /// `struct lease`: as `lease.rs` lays out its cells.
     LeaseCell: 64 {
@@ -430,6 +458,12 @@ pub fn narrow(octets: [u8; 16]) -> IpAddr {
 pub fn mac_word(mac: Mac) -> u64 {
     let [a, b, c, d, e, f] = mac;
     u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+}
+
+/// [`Config::plan`]: the entry of `generation` that a plan stands in, how far a hash is shifted to number the cells of its table,
+/// and what the hash begins with.
+pub fn plan_word(entry: u32, shift: u32, seed: u32) -> u64 {
+    u64::from(entry) | u64::from(shift) << 8 | u64::from(seed) << 32
 }
 
 /// The way to an address.

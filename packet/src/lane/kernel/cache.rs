@@ -4,28 +4,86 @@
 //! found goes up anyway, and a flood of SYNs writes nothing. Other services' flows are all written, steady or not: only then
 //! can the program know that a flow is *not* remembered, and forward it by hash. A service of which a flow could not be
 //! written (no room) is not conclusive any more until it remembers none.
+//!
+//! A service that remembers some of its flows only has a filter, which says of which hashes they are, so that a packet of any
+//! other flow costs no look into a table that may be large.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::abi::{self, BoundCell, BoundKey, FlowCell, FlowKey};
-use super::program::Maps;
+use super::program::{Maps, Memory};
 use crate::engine::FlowCache;
 use crate::flow::Flow;
 use crate::time::BootTime;
+
+/// Places of the counts in a [`Filter`]: the upper bits of a hash.
+const HASH_BITS: u32 = 16;
+
+/// Which flows of a service may be remembered, so that the packets of the rest need not look for theirs.
+#[derive(Debug)]
+struct Filter {
+    number: u32,
+    /// Flows remembered, by their hash.
+    counts: Box<[u32]>,
+}
+
+/// What a service remembers.
+#[derive(Debug)]
+struct Remembered {
+    /// Whether all that should be are written.
+    complete: bool,
+    /// Absent where every flow is remembered, and when there are too many such services.
+    filter: Option<Filter>,
+    flows: u32,
+}
 
 /// See the module.
 #[derive(Debug)]
 pub struct Cache {
     maps: Arc<Maps>,
-    /// Services that remember flows: whether all that should be are written.
-    complete: HashMap<u32, bool>,
+    services: HashMap<u32, Remembered>,
+    free_filters: Vec<u32>,
 }
 
 impl Cache {
     /// The one writer of flows into `maps`.
     pub fn new(maps: Arc<Maps>) -> Cache {
-        Cache { maps, complete: HashMap::new() }
+        Cache { maps, services: HashMap::new(), free_filters: (0..abi::FILTERS).rev().collect() }
+    }
+
+    /// Counts a flow for its service's filter. The first one begins it, so that it misses none.
+    fn count(&mut self, flow: &Flow, hash: u32) {
+        let Some(service) = self.services.get_mut(&flow.service()) else { return };
+        service.flows += 1;
+        // In full NAT every flow is remembered.
+        if service.flows == 1
+            && flow.backend_side().is_none()
+            && let Some(number) = self.free_filters.pop()
+        {
+            self.maps.clear_filter(number);
+            let counts = vec![0; 1 << HASH_BITS].into_boxed_slice();
+            service.filter = Some(Filter { number, counts });
+            self.tell(flow.service());
+        }
+        self.filter(flow, hash, |count| count + 1);
+    }
+
+    fn discount(&mut self, flow: &Flow, hash: u32) {
+        self.filter(flow, hash, |count| count.saturating_sub(1));
+        if let Some(service) = self.services.get_mut(&flow.service()) {
+            service.flows = service.flows.saturating_sub(1);
+        }
+    }
+
+    fn filter(&mut self, flow: &Flow, hash: u32, change: impl Fn(u32) -> u32) {
+        let service = self.services.get_mut(&flow.service());
+        let Some(filter) = service.and_then(|s| s.filter.as_mut()) else { return };
+        let Some(count) = filter.counts.get_mut((hash >> (32 - HASH_BITS)) as usize) else { return };
+        let before = std::mem::replace(count, change(*count));
+        if (before == 0) != (*count == 0) {
+            self.maps.set_filter(filter.number, hash, *count > 0);
+        }
     }
 
     fn write(&mut self, flow: &Flow) -> std::io::Result<()> {
@@ -70,27 +128,40 @@ impl Cache {
     }
 
     fn tell(&self, service: u32) {
-        let complete = self.complete.get(&service).copied();
-        self.maps.set_memory(service, complete.is_some(), complete.unwrap_or(true));
+        let memory = match self.services.get(&service) {
+            None => Memory::None,
+            Some(of) => {
+                Memory::Some { conclusive: of.complete, filter: of.filter.as_ref().map(|f| f.number) }
+            }
+        };
+        self.maps.set_memory(service, memory);
     }
 }
 
 impl FlowCache for Cache {
-    fn put(&mut self, flow: &Flow) {
+    fn remember(&mut self, flow: &Flow, hash: u32) {
+        self.count(flow, hash);
+        self.change(flow);
+    }
+
+    fn change(&mut self, flow: &Flow) {
         if let Err(error) = self.write(flow) {
             tracing::debug!(%error, "a flow could not be handed to the program");
             // Half of it may be there.
             let _ = self.erase(flow);
-            if self.complete.insert(flow.service(), false) != Some(false) {
+            if let Some(service) = self.services.get_mut(&flow.service())
+                && std::mem::replace(&mut service.complete, false)
+            {
                 self.tell(flow.service());
             }
         }
     }
 
-    fn remove(&mut self, flow: &Flow) {
+    fn forget(&mut self, flow: &Flow, hash: u32) {
         if let Err(error) = self.erase(flow) {
             tracing::warn!(%error, "a flow could not be taken from the program");
         }
+        self.discount(flow, hash);
     }
 
     fn last_seen(&self, flow: &Flow) -> Option<BootTime> {
@@ -102,11 +173,13 @@ impl FlowCache for Cache {
     }
 
     fn consult(&mut self, service: u32, consult: bool) {
-        if consult {
-            self.complete.insert(service, true);
+        let before = if consult {
+            self.services.insert(service, Remembered { complete: true, filter: None, flows: 0 })
         } else {
-            self.complete.remove(&service);
-        }
+            self.services.remove(&service)
+        };
+        // Nobody may look into a filter that is another service's.
         self.tell(service);
+        self.free_filters.extend(before.and_then(|s| s.filter).map(|f| f.number));
     }
 }

@@ -12,7 +12,10 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use super::abi::{self, BackendCell, Hop, Place, Plain, Record, SLOTS_PER_LINE, ServiceCell, SlotLine};
+use super::abi::{
+    self, BackendCell, Hop, Place, PlaceEntry, Plain, Record, SLOTS_PER_LINE, ServiceCell, SlotLine,
+};
+use super::places::Layout;
 use super::program::{KernelError, MAX_TABLES, Maps};
 use super::sys::{self, Mapped};
 use crate::engine::{Engine, OwnedAddress, Port};
@@ -70,6 +73,8 @@ pub struct Filler {
     /// What the generation in force names.
     services: HashSet<u32>,
     backends: HashSet<u32>,
+    /// Entry of `generation` that the plan in force stands in.
+    entry: u32,
     /// Takes the place of tables that nobody names any more.
     nothing: Option<OwnedFd>,
 }
@@ -100,6 +105,9 @@ impl Filled {
     }
 }
 
+/// An entry of `generation` that no program looks at: it is written to wait for them.
+const WAITING_ENTRY: u32 = 2;
+
 /// Tables written at once: each holds a descriptor until then.
 const BATCH: usize = 128;
 
@@ -109,10 +117,10 @@ impl Filler {
         Filler {
             maps,
             filled: HashMap::new(),
-            // The last place is never named: see `sys::wait_for_programs`.
-            free: (0..MAX_TABLES - 1).rev().collect(),
+            free: (0..MAX_TABLES).rev().collect(),
             services: HashSet::new(),
             backends: HashSet::new(),
+            entry: 0,
             nothing: None,
         }
     }
@@ -244,19 +252,30 @@ impl Filler {
     /// The one write that puts a generation in force. Returns when no program sees the old one any more.
     fn swap(&mut self, entries: Vec<(Place, Record)>) -> Result<(), KernelError> {
         let doing = || KernelError::map("write the plan into the program's maps");
-        let map = sys::create::<Place, Record>("places", sys::TYPE_HASH, entries.len().max(1) as u32, 0)
-            .map_err(doing())?;
-        let (keys, values): (Vec<Place>, Vec<Record>) = entries.into_iter().unzip();
-        match sys::update_batch(map.as_fd(), &keys, &values) {
-            Ok(()) => {}
-            Err(e) if is_unsupported(&e) => {
-                for (key, value) in keys.iter().zip(&values) {
-                    sys::update(map.as_fd(), key, value, 0).map_err(doing())?;
-                }
+        // Of equal places the last counts: backends may share an address.
+        let mut places: HashMap<Place, Record> = HashMap::with_capacity(entries.len());
+        places.extend(entries);
+        let entries: Vec<(Place, Record)> = places.into_iter().collect();
+        let layout = Layout::of(&entries);
+        let cells = layout.cells.len() as u32;
+        let flags = sys::FLAG_MMAPABLE | sys::FLAG_INNER;
+        let table =
+            sys::create::<u32, PlaceEntry>("places", sys::TYPE_ARRAY, cells, flags).map_err(doing())?;
+        let mapped: Mapped<PlaceEntry> = Mapped::new(table.as_fd(), cells).map_err(doing())?;
+        for (at, index) in (0..).zip(&layout.cells) {
+            if let Some(index) = index {
+                let (place, record) = entries[*index as usize];
+                mapped.write(at, &PlaceEntry { place, record, used: 1, ..PlaceEntry::zeroed() });
             }
-            Err(e) => return Err(doing()(e)),
         }
-        sys::update(self.maps.generation.as_fd(), &0u32, &map.as_raw_fd(), 0).map_err(doing())
+        // A packet that has read the old word finds the old table where it was.
+        let entry = self.entry ^ 1;
+        sys::update(self.maps.generation.as_fd(), &entry, &table.as_raw_fd(), 0).map_err(doing())?;
+        self.maps.set_plan(abi::plan_word(entry, layout.shift, layout.seed));
+        self.entry = entry;
+        // A write to a map of maps returns only when every program that ran before has ended (maybe_wait_bpf_programs() in
+        // kernel/bpf/syscall.c); from here on none sees the old plan.
+        sys::update(self.maps.generation.as_fd(), &WAITING_ENTRY, &table.as_raw_fd(), 0).map_err(doing())
     }
 
     fn give_back(&mut self, places: Vec<u32>) -> Result<(), KernelError> {

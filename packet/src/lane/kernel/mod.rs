@@ -12,6 +12,8 @@
 //! | `check` | is the machine fit, and what is `auto`? |
 //! | [`program`] | loading, the maps with a name for each thing that is done to them, test runs |
 //! | [`fill`] | from compiled tables to a generation of the maps |
+//! | `places` | how a generation's table is laid out |
+//! | `ticks` | how old a reading of the clock may be |
 //! | [`sys`] | bpf(2), shared memory |
 //!
 //! In which order: [`program::Kernel::load`]; ports, routes, neighbours, host addresses into [`program::Maps`]; a
@@ -25,6 +27,7 @@ pub mod fill;
 mod lane;
 mod link;
 mod pins;
+mod places;
 pub mod program;
 mod sync;
 pub mod sys;

@@ -11,8 +11,8 @@ use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, Bench, BoundCell, BoundKey, Clock, Config, FlowCell, FlowKey, Hop, LeaseCell,
-    NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
+    self, BackendCell, Bench, BoundCell, BoundKey, Clock, Config, FilterLine, FlowCell, FlowKey, Hop,
+    LeaseCell, NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
 use super::sys::{self, Mapped, Ran};
 use super::ticks;
@@ -132,6 +132,7 @@ pub struct Maps {
     config: Mapped<Config>,
     backends: Mapped<BackendCell>,
     services: Mapped<ServiceCell>,
+    filters: Mapped<FilterLine>,
     leases: Mapped<LeaseCell>,
     traffic: Mapped<Traffic>,
     seen: Mapped<Seen>,
@@ -214,6 +215,21 @@ impl Kernel {
     pub fn test_run(&self, frame: &[u8], context: Option<&[u8]>, repeat: u32) -> io::Result<Ran> {
         sys::test_run(self.program_fd()?, frame, context, repeat)
     }
+}
+
+/// What the program is to know of a service's remembered flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// There are none.
+    None,
+    /// There are some.
+    Some {
+        /// Whether all of them stand in `flows`, steady or not: then a packet whose flow isn't there is forwarded by hash, otherwise
+        /// it goes up.
+        conclusive: bool,
+        /// The filter that says of which hashes they are.
+        filter: Option<u32>,
+    },
 }
 
 /// What tests and benchmarks put around the program (`packet/bpf/harness.c`).
@@ -316,6 +332,7 @@ impl Maps {
             config: mapped(&take("config")?, 1)?,
             backends: mapped(&take("backends")?, sizes.backends)?,
             services: mapped(&take("services")?, sizes.services)?,
+            filters: mapped(&take("filters")?, abi::FILTERS * abi::FILTER_LINES)?,
             leases: mapped(&take("leases")?, abi::LEASES)?,
             traffic: mapped(&take("traffic")?, sizes.backends.saturating_mul(cpus))?,
             seen: mapped(&take("seen")?, sizes.backends)?,
@@ -383,6 +400,13 @@ impl Maps {
         }
     }
 
+    /// Names the table that holds the plan: one word, so that no packet sees two plans.
+    pub(super) fn set_plan(&self, word: u64) {
+        if let Some(at) = self.config.word(0, std::mem::offset_of!(Config, plan)) {
+            at.store(word, Ordering::Release);
+        }
+    }
+
     /// Says how old a reading of the clock may be, in nanoseconds, that a lease is compared with; 0: the clock is read for every
     /// packet. What is right for the machine was written when the program was loaded.
     pub fn set_slack(&self, slack: u64) {
@@ -433,7 +457,8 @@ impl Maps {
     pub fn set_service(&self, number: u32, cell: &ServiceCell) -> bool {
         let Some(before) = self.services.read(number) else { return false };
         let memory = before.flags & (abi::SERVICE_CONSULT | abi::SERVICE_CONCLUSIVE);
-        self.services.write(number, &ServiceCell { flags: cell.flags | memory, ..*cell })
+        let cell = ServiceCell { flags: cell.flags | memory, filter: before.filter, ..*cell };
+        self.services.write(number, &cell)
     }
 
     /// A service as it stands.
@@ -441,14 +466,49 @@ impl Maps {
         self.services.read(number)
     }
 
-    /// Whether flows of a service are remembered (`consult`), and whether all that are stand in `flows`, steady or not
-    /// (`conclusive`): then a packet whose flow isn't there is forwarded by hash, otherwise it goes up.
-    pub fn set_memory(&self, service: u32, consult: bool, conclusive: bool) {
+    /// Says whether flows of a service are remembered, and where to look.
+    pub fn set_memory(&self, service: u32, memory: Memory) {
         let Some(mut cell) = self.services.read(service) else { return };
         cell.flags &= !(abi::SERVICE_CONSULT | abi::SERVICE_CONCLUSIVE);
-        cell.flags |= if consult { abi::SERVICE_CONSULT } else { 0 };
-        cell.flags |= if conclusive { abi::SERVICE_CONCLUSIVE } else { 0 };
+        let (consult, conclusive, filter) = match memory {
+            Memory::None => (0, 0, None),
+            Memory::Some { conclusive, filter } => {
+                (abi::SERVICE_CONSULT, if conclusive { abi::SERVICE_CONCLUSIVE } else { 0 }, filter)
+            }
+        };
+        cell.flags |= consult | conclusive;
+        cell.filter = filter.map_or(0, |number| number + 1);
         self.services.write(service, &cell);
+    }
+
+    /// Says whether flows of that hash are among those that `filter` lets be looked for. All others' packets are treated as those
+    /// of flows that are not remembered.
+    pub fn set_filter(&self, filter: u32, hash: u32, remembered: bool) {
+        let line = filter * abi::FILTER_LINES + (hash >> 25);
+        let word = self.filters.word(line, (hash >> 22 & 7) as usize * 8);
+        let Some(word) = word.filter(|_| filter < abi::FILTERS) else { return };
+        let bit = 1 << (hash >> 16 & 63);
+        if remembered {
+            word.fetch_or(bit, Ordering::SeqCst);
+        } else {
+            word.fetch_and(!bit, Ordering::SeqCst);
+        }
+    }
+
+    /// The upper 16 bits of the hashes that `filter` lets be looked for.
+    pub fn filter(&self, filter: u32) -> Vec<u16> {
+        let lines =
+            (0..abi::FILTER_LINES).filter_map(|line| self.filters.read(filter * abi::FILTER_LINES + line));
+        let words = lines.flat_map(|line| line.bits);
+        let bits = words.flat_map(|word| (0..64).map(move |bit| word >> bit & 1 == 1));
+        (0..=u16::MAX).zip(bits).filter(|(_, set)| *set).map(|(hash, _)| hash).collect()
+    }
+
+    /// Has `filter` let nothing be looked for.
+    pub fn clear_filter(&self, filter: u32) {
+        for line in 0..abi::FILTER_LINES {
+            self.filters.write(filter * abi::FILTER_LINES + line, &FilterLine::zeroed());
+        }
     }
 
     // Flows.
@@ -517,7 +577,7 @@ impl Maps {
         clear::<FlowKey>(self.flows.as_fd())?;
         clear::<BoundKey>(self.bound.as_fd())?;
         for number in 0..self.sizes.services {
-            self.set_memory(number, false, false);
+            self.set_memory(number, Memory::None);
         }
         Ok(())
     }

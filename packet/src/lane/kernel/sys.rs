@@ -18,8 +18,6 @@ const MAP_NEXT_KEY: u32 = 4;
 const PROG_TEST_RUN: u32 = 10;
 const MAP_UPDATE_BATCH: u32 = 26;
 
-/// `BPF_MAP_TYPE_HASH`.
-pub const TYPE_HASH: u32 = 1;
 /// `BPF_MAP_TYPE_ARRAY`.
 pub const TYPE_ARRAY: u32 = 2;
 /// `BPF_F_MMAPABLE`.
@@ -246,16 +244,6 @@ pub fn test_run(
 
 fn fd(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd() as u32
-}
-
-/// Waits until every program that runs now has ended, so that nothing that it read before is read by any.
-///
-/// # Errors
-/// As bpf(2).
-pub fn wait_for_programs(map_of_maps: BorrowedFd<'_>, unused: u32) -> io::Result<()> {
-    // A change of a map of maps returns only when all programs that could have seen what was before have ended
-    // (maybe_wait_bpf_programs() in kernel/bpf/syscall.c), also one that changes nothing but an entry that nobody reads.
-    delete(map_of_maps, &unused).map(drop)
 }
 
 /// An array that is shared with the program. Every access is of whole 64-bit words, so none sees half of one.
