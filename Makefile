@@ -34,7 +34,7 @@ build: setup ## the release binary, target/release/komainu
 test: ## every test: unit, property, and the real binary in network namespaces (needs root or sudo)
 	@deploy/setup.sh test
 	cargo build --package komainu-node
-	cargo test --workspace --no-fail-fast
+	SEEDS=$(SEEDS) cargo test --workspace --no-fail-fast
 
 test-fast: setup ## the tests that need neither root nor the binary
 	cargo test --workspace --exclude komainu-tests

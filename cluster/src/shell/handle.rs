@@ -280,3 +280,121 @@ impl ClusterHandle {
         result.await.unwrap_or(Err(Failure::Lost))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::pin::Pin;
+    use std::sync::Mutex;
+
+    use komainu_proto::domain::Role;
+
+    use super::super::view::Quorum;
+    use super::*;
+    use crate::state::{Member, State};
+
+    type Answers = Mutex<VecDeque<Result<Outcome, Failure>>>;
+
+    /// Threads that answer requests as the script says, whoever is asked.
+    struct Script(Answers);
+
+    impl Backstage for Script {
+        fn request(&self, _: Request, answer: oneshot::Sender<Result<Outcome, Failure>>) {
+            let next = self.0.lock().unwrap().pop_front().expect("the script says how often it is asked");
+            answer.send(next).unwrap();
+        }
+
+        fn forward(
+            &self,
+            _: NodeId,
+            _: Request,
+        ) -> Pin<Box<dyn Future<Output = Result<Outcome, Failure>> + Send + '_>> {
+            let next = self.0.lock().unwrap().pop_front().expect("the script says how often it is asked");
+            Box::pin(async move { next })
+        }
+
+        fn query(
+            &self,
+            _: NodeId,
+            _: Bytes,
+        ) -> Pin<Box<dyn Future<Output = Result<Bytes, QueryError>> + Send + '_>> {
+            unreachable!("nobody asks")
+        }
+
+        fn observe(&self, _: Vec<Observation>) {}
+
+        fn set_self_health(&self, _: SelfHealth) {}
+
+        fn installed(&self) {}
+
+        fn live(&self) -> View {
+            unreachable!("nobody looks")
+        }
+
+        fn wall_ms(&self) -> u64 {
+            0
+        }
+
+        fn shutdown(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+            Box::pin(async {})
+        }
+    }
+
+    fn identity(id: u64) -> NodeIdentity {
+        NodeIdentity {
+            id: NodeId(id),
+            name: format!("lb{id}"),
+            role: Role::Balancer,
+            address: std::net::SocketAddr::from(([127, 0, 0, 1], 7800)),
+        }
+    }
+
+    /// What node 1 knows when these are members.
+    fn view(members: &[u64]) -> Arc<View> {
+        let member = |&id| Member { raft_id: id, node: identity(id), voter: true };
+        let mut state = State::default();
+        state.members = members.iter().map(member).collect();
+        Arc::new(View {
+            state: Arc::new(state),
+            node: identity(1),
+            raft_id: 1,
+            leader: None,
+            term: 2,
+            voter: true,
+            members: Vec::new(),
+            leases: Vec::new(),
+            quorum: Quorum::Witness,
+            solo: false,
+            notes: Vec::new(),
+            at: crate::time::Instant::default(),
+        })
+    }
+
+    fn no_such_node() -> Result<Outcome, Failure> {
+        Err(Failure::Impossible("node 3 is no member".to_owned()))
+    }
+
+    /// The leader was told to leave, did, and was gone before it could answer; the next one knew no such node, and the operator
+    /// was told that it was impossible.
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_that_left_before_it_could_answer_is_gone() {
+        let script = Script(Mutex::new([Err(Failure::Lost), no_such_node()].into()));
+        let (tell, known) = watch::channel(view(&[1, 2, 3]));
+        let handle = ClusterHandle::new(Arc::new(script), known, 1);
+        let leave = tokio::spawn(async move { handle.leave(NodeId(3), "somebody").await });
+        // This node learns of it after it has been told.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(!leave.is_finished());
+        tell.send(view(&[1, 2])).unwrap();
+        assert!(leave.await.unwrap().unwrap().changed);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_never_was_a_member_cannot_leave() {
+        let script = Script(Mutex::new([no_such_node()].into()));
+        let (_tell, known) = watch::channel(view(&[1, 2]));
+        let handle = ClusterHandle::new(Arc::new(script), known, 1);
+        let refused = handle.leave(NodeId(3), "somebody").await;
+        assert_eq!(refused, Err(ProposeError::Impossible("node 3 is no member".to_owned())));
+    }
+}

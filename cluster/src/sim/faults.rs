@@ -324,10 +324,13 @@ fn whole_again(w: &mut World, plan: &Plan) -> Result<(), Violation> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use super::super::program::each_seed;
     use super::*;
     use crate::rules::Rule;
 
-    /// Seeds of one `cargo test`.
+    /// Seeds of one `cargo test`; `make test` asks for more.
     const SEEDS: u64 = 200;
 
     /// The simulation has teeth: these rules, broken, are found within a few seeds. The others are broken one by one in the
@@ -461,23 +464,23 @@ mod tests {
 
     #[test]
     fn no_seed_breaks_an_invariant() {
-        let first = std::env::var("SEED").ok().and_then(|s| s.parse().ok());
-        let seeds = std::env::var("SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(SEEDS);
-        let lines = std::env::var("LINES").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
-        let mut failed = Vec::new();
-        for seed in first.unwrap_or(1)..first.unwrap_or(1) + seeds {
+        let number = |name| std::env::var(name).ok().and_then(|s: String| s.parse::<u64>().ok());
+        let (first, seeds) = (number("SEED").unwrap_or(1), number("SEEDS").unwrap_or(SEEDS));
+        let lines = number("LINES").unwrap_or(60) as usize;
+        let failed = Mutex::new(Vec::new());
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        each_seed(first..first + seeds, threads, |seed| {
             let run = |verbose| std::panic::catch_unwind(|| run(seed, verbose));
             let result = run(false)
                 .map_or_else(|_| Err("a node panicked".to_owned()), |(_, r)| r.map_err(|v| v.to_string()));
-            if let Err(what) = result {
-                let transcript = run(true).map_or_else(|_| Vec::new(), |(w, _)| w.transcript);
-                let tail = transcript.len().saturating_sub(lines);
-                failed.push(format!("seed {seed}: {what}\n{}", transcript[tail..].join("\n")));
-                if failed.len() >= 3 {
-                    break;
-                }
-            }
-        }
+            let Err(what) = result else { return true };
+            let transcript = run(true).map_or_else(|_| Vec::new(), |(w, _)| w.transcript);
+            let tail = transcript.len().saturating_sub(lines);
+            let mut failed = failed.lock().unwrap();
+            failed.push(format!("seed {seed}: {what}\n{}", transcript[tail..].join("\n")));
+            failed.len() < 3
+        });
+        let failed = failed.into_inner().unwrap();
         assert!(failed.is_empty(), "{}", failed.join("\n\n"));
     }
 }

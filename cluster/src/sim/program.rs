@@ -102,7 +102,7 @@ fn outcome(plan: &Plan) -> Result<(), Violation> {
 }
 
 /// Calls `look` with every seed, on every thread, until it says stop.
-fn each_seed(seeds: std::ops::Range<u64>, threads: usize, look: impl Fn(u64) -> bool + Sync) {
+pub(super) fn each_seed(seeds: std::ops::Range<u64>, threads: usize, look: impl Fn(u64) -> bool + Sync) {
     let next = AtomicU64::new(seeds.start);
     std::thread::scope(|scope| {
         for _ in 0..threads {
