@@ -158,7 +158,9 @@ INLINE int answer_bound(context *ctx, int v6, const struct config *c, struct tal
     key.backend_port = p->src_port;
     key.snat_port = p->dst_port;
     key.protocol = p->protocol;
-    struct bound *b = map_lookup(&bound, &key);
+    u32 zero = 0;
+    void *table = map_lookup(&bound, &zero);
+    struct bound *b = table ? map_lookup(table, &key) : 0;
     if (!b)
         return c->flags & CONFIG_BOUND_COMPLETE ? drop(DROP_NO_BINDING) : up(ctx, in, UP_FLOW);
     u32 number = b->service;

@@ -44,6 +44,20 @@ struct {
 } places_layout SEC(".maps");
 
 struct {
+    UINT(type, BPF_MAP_TYPE_HASH);
+    UINT(max_entries, 1);
+    TYPE(key, struct flow_key);
+    TYPE(value, struct flow);
+} flows_layout SEC(".maps");
+
+struct {
+    UINT(type, BPF_MAP_TYPE_HASH);
+    UINT(max_entries, 1);
+    TYPE(key, struct bound_key);
+    TYPE(value, struct bound);
+} bound_layout SEC(".maps");
+
+struct {
     UINT(type, BPF_MAP_TYPE_ARRAY);
     UINT(max_entries, 1);
     TYPE(key, u32);

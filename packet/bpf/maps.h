@@ -82,20 +82,35 @@ struct {
     TYPE(value, struct lease);
 } leases SEC(".maps");
 
-struct {
+struct flow_table {
     UINT(type, BPF_MAP_TYPE_HASH);
     UINT(max_entries, 1);
     UINT(map_flags, BPF_F_NO_PREALLOC);
-    TYPE(key, struct flow_key);
-    TYPE(value, struct flow);
+    UINT(key_size, sizeof(struct flow_key));
+    UINT(value_size, sizeof(struct flow));
+};
+
+/* One entry: user space puts a larger table there when there are too many flows for the last one. */
+struct {
+    UINT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+    UINT(max_entries, 1);
+    UINT(key_size, sizeof(u32));
+    INNER(values, struct flow_table);
 } flows SEC(".maps");
 
-struct {
+struct bound_table {
     UINT(type, BPF_MAP_TYPE_HASH);
     UINT(max_entries, 1);
     UINT(map_flags, BPF_F_NO_PREALLOC);
-    TYPE(key, struct bound_key);
-    TYPE(value, struct bound);
+    UINT(key_size, sizeof(struct bound_key));
+    UINT(value_size, sizeof(struct bound));
+};
+
+struct {
+    UINT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+    UINT(max_entries, 1);
+    UINT(key_size, sizeof(u32));
+    INNER(values, struct bound_table);
 } bound SEC(".maps");
 
 /* The kernel's routes, as user space sees them: where answers to clients go. bpf_fib_lookup() would say it of interfaces that

@@ -112,12 +112,16 @@ INLINE int may_be_remembered(const struct service *s, u32 hash)
 
 INLINE struct flow *find_flow(u32 service, const u32 *client, u16 port)
 {
+    u32 zero = 0;
+    void *table = map_lookup(&flows, &zero);
+    if (!table)
+        return 0;
     struct flow_key key = {};
     u32 *words = (u32 *)key.client;
     words[0] = client[0], words[1] = client[1], words[2] = client[2], words[3] = client[3];
     key.service = service;
     key.client_port = port;
-    return map_lookup(&flows, &key);
+    return map_lookup(table, &key);
 }
 
 INLINE void note_seen(u64 *last_seen, u64 now)

@@ -15,7 +15,8 @@ use anyhow::{Context, Result, ensure};
 use komainu_packet::engine::{Engine, EngineConfig, Port, PortConfig};
 use komainu_packet::lane::kernel::abi::{self, Bench, FlowCell, FlowKey, Hop, LeaseCell};
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
-use komainu_packet::lane::kernel::program::{Harness, Hook, Kernel, Memory, Sizes};
+use komainu_packet::lane::kernel::harness::Harness;
+use komainu_packet::lane::kernel::program::{Hook, Kernel, Memory, Sizes};
 use komainu_packet::lease::LeaseBoard;
 use komainu_packet::plan::{
     BackendPlan, DeadBackend, GroupPlan, Mode, Plan, Protocol, Scheduler, ServicePlan,

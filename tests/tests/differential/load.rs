@@ -4,10 +4,9 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use komainu_packet::hash;
-use komainu_packet::lane::kernel::abi::{self, LAYOUTS};
-use komainu_packet::lane::kernel::program::{
-    HARNESS_OBJECT, Harness, Hook, Kernel, Sizes, TC_OBJECT, XDP_OBJECT,
-};
+use komainu_packet::lane::kernel::abi::{self, FlowCell, FlowKey, LAYOUTS, Plain};
+use komainu_packet::lane::kernel::harness::{HARNESS_OBJECT, Harness};
+use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes, TC_OBJECT, XDP_OBJECT};
 
 use crate::rng::Rng;
 
@@ -19,6 +18,36 @@ fn both_programs_load_and_let_everything_pass_without_a_plan() {
         let ran = kernel.test_run(&frame, None, 1).unwrap();
         assert_eq!((ran.action, &ran.frame[..]), (passes, &frame[..]), "{hook:?}");
     }
+}
+
+#[test]
+fn maps_of_flows_grow_with_what_is_in_them() {
+    const MOST: u32 = 5000;
+    let sizes = Sizes { flows: MOST, first_flows: 10, ..Sizes::default() };
+    let kernel = Kernel::load(Hook::Xdp, sizes).unwrap_or_else(|e| panic!("{e}"));
+    let maps = kernel.maps();
+    let key = |n: u32| FlowKey {
+        client: abi::wide(Ipv4Addr::from_bits(n).into()),
+        service: 1,
+        client_port: [1, 2],
+        reserved: 0,
+    };
+    let cell = |n: u32| FlowCell { last_seen: n.into(), backend: n, ..FlowCell::zeroed() };
+    for n in 0..MOST {
+        maps.put_flow(&key(n), &cell(n)).unwrap();
+    }
+    let refused = maps.put_flow(&key(MOST), &cell(MOST)).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::E2BIG));
+    assert!((0..MOST).all(|n| maps.flow(&key(n)).unwrap() == Some(cell(n))));
+    assert!(maps.remove_flow(&key(7)).unwrap() && !maps.remove_flow(&key(7)).unwrap());
+    maps.put_flow(&key(MOST), &cell(MOST)).unwrap();
+    // Many at once, into a map that is too small for them.
+    maps.clear_flows().unwrap();
+    let other = Kernel::load(Hook::Xdp, sizes).unwrap_or_else(|e| panic!("{e}"));
+    let (keys, cells): (Vec<_>, Vec<_>) = (0..MOST).map(|n| (key(n), cell(n))).unzip();
+    other.maps().put_flows(&keys, &cells).unwrap();
+    assert!((0..MOST).all(|n| other.maps().flow(&key(n)).unwrap() == Some(cell(n))));
+    assert!((0..MOST).all(|n| maps.flow(&key(n)).unwrap().is_none()));
 }
 
 /// The maps' types in both objects are laid out as in `abi.rs`, field by field.

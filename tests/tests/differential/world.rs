@@ -145,8 +145,9 @@ fn engine(leases: &Arc<LeaseBoard>, mtus: [u32; 2]) -> Engine {
 
 impl World {
     pub fn new(hook: Hook) -> World {
-        let sizes =
-            Sizes { backends: STATES, services: STATES, flows: 4 * MAX_FLOWS as u32, ..Sizes::default() };
+        // Little room at first, so that the maps of flows grow under what happens.
+        let (flows, first_flows) = (4 * MAX_FLOWS as u32, 2);
+        let sizes = Sizes { backends: STATES, services: STATES, flows, first_flows, ..Sizes::default() };
         let kernel = Kernel::load(hook, sizes).unwrap_or_else(|e| panic!("{e}"));
         let maps = Arc::clone(kernel.maps());
         write_ways(&maps);

@@ -39,7 +39,8 @@ const NATIVE_XDP: [&str; 17] = [
 const DEARLY: [&str; 3] = ["veth", "virtio_net", "tun"];
 
 /// Maps of a program that is loaded only to see whether it can be.
-const TRIAL: Sizes = Sizes { backends: 16, services: 16, flows: 16, routes: 16, neighbours: 16 };
+const TRIAL: Sizes =
+    Sizes { backends: 16, services: 16, flows: 16, first_flows: 16, routes: 16, neighbours: 16 };
 
 /// What `auto` stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]

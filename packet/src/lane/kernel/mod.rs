@@ -12,6 +12,8 @@
 //! | `check` | is the machine fit, and what is `auto`? |
 //! | [`program`] | loading, the maps with a name for each thing that is done to them, test runs |
 //! | [`fill`] | from compiled tables to a generation of the maps |
+//! | `growing` | hash maps that grow |
+//! | [`harness`] | what tests and benchmarks put around the program |
 //! | `places` | how a generation's table is laid out |
 //! | `ticks` | how old a reading of the clock may be |
 //! | [`sys`] | bpf(2), shared memory |
@@ -24,6 +26,8 @@ mod attach;
 pub mod cache;
 mod check;
 pub mod fill;
+mod growing;
+pub mod harness;
 mod lane;
 mod link;
 mod pins;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -11,9 +11,10 @@ use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, Bench, BoundCell, BoundKey, Clock, Config, FilterLine, FlowCell, FlowKey, Hop,
-    LeaseCell, NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
+    self, BackendCell, BoundCell, BoundKey, Clock, Config, FilterLine, FlowCell, FlowKey, Hop, LeaseCell,
+    NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
+use super::growing::Growing;
 use super::sys::{self, Mapped, Ran};
 use super::ticks;
 use crate::drops::Reason;
@@ -26,8 +27,6 @@ use crate::plan::MAX_SERVICES;
 pub static XDP_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/xdp.o"));
 /// The object for the tc hook.
 pub static TC_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tc.o"));
-/// What tests and benchmarks put around the program.
-pub static HARNESS_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/harness.o"));
 
 /// Where a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,15 +47,17 @@ impl Hook {
     }
 }
 
-/// Room in the maps. It is taken when the program is loaded, except that of flows, which is taken as they come.
+/// Room in the maps. It is taken when the program is loaded, except that of flows, whose maps grow with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Backends' states (numbers below this): 592 bytes each and 64 more for each processor. What goes beyond goes up.
     pub backends: u32,
     /// Services' states.
     pub services: u32,
-    /// Flows, about 90 bytes each and as many again for the other side of full NAT.
+    /// Flows, about 150 bytes each and as many again for the other side of full NAT.
     pub flows: u32,
+    /// Flows that there is room for at first.
+    pub first_flows: u32,
     /// Routes.
     pub routes: u32,
     /// Neighbours.
@@ -70,6 +71,7 @@ impl Default for Sizes {
             // Those in force, and as many that flows of an earlier plan still refer to.
             services: 2 * MAX_SERVICES as u32,
             flows: crate::engine::DEFAULT_MAX_FLOWS as u32,
+            first_flows: 1 << 14,
             routes: 1 << 16,
             neighbours: 1 << 16,
         }
@@ -124,8 +126,8 @@ pub struct Maps {
     cpus: u32,
     pub(super) generation: OwnedFd,
     pub(super) slots: OwnedFd,
-    flows: OwnedFd,
-    bound: OwnedFd,
+    flows: Growing<FlowKey, FlowCell>,
+    bound: Growing<BoundKey, BoundCell>,
     routes: OwnedFd,
     neighbours: OwnedFd,
     host: OwnedFd,
@@ -159,8 +161,6 @@ impl Kernel {
             .map_max_entries("traffic", sizes.backends.saturating_mul(cpus))
             .map_max_entries("tally", cpus)
             .map_max_entries("services", sizes.services)
-            .map_max_entries("flows", sizes.flows)
-            .map_max_entries("bound", sizes.flows)
             .map_max_entries("routes", sizes.routes)
             .map_max_entries("neighbours", sizes.neighbours)
             .map_max_entries("host", MAX_HOST_ADDRESSES)
@@ -232,68 +232,11 @@ pub enum Memory {
     },
 }
 
-/// What tests and benchmarks put around the program (`packet/bpf/harness.c`).
-#[derive(Debug)]
-pub struct Harness {
-    ebpf: Ebpf,
-    bench: Mapped<Bench>,
-    measured: OwnedFd,
-}
-
-impl Harness {
-    /// Loads every program of the harness.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn load() -> Result<Harness, KernelError> {
-        let refused = |reason: String| KernelError::Refused { hook: "tests", reason };
-        let mut ebpf = EbpfLoader::new().load(HARNESS_OBJECT).map_err(|e| refused(words(&e)))?;
-        for (_, program) in ebpf.programs_mut() {
-            let program: &mut Xdp = program.try_into().map_err(|e| refused(words(&e)))?;
-            program.load().map_err(|e| refused(words(&e)))?;
-        }
-        let open = |name: &str| {
-            let map = ebpf.map(name).ok_or_else(|| io::Error::other("the object has no such map"));
-            map.and_then(descriptor).map_err(KernelError::map(format!("open the map \"{name}\"")))
-        };
-        let bench = mapped(&open("bench")?, 1)?;
-        let measured = open("measured")?;
-        Ok(Harness { ebpf, bench, measured })
-    }
-
-    /// Descriptor of one of its programs.
-    ///
-    /// # Errors
-    /// There is none of that name.
-    pub fn program(&self, name: &str) -> io::Result<BorrowedFd<'_>> {
-        let program =
-            self.ebpf.program(name).ok_or_else(|| io::Error::other(format!("no program {name}")))?;
-        program.fd().map(AsFd::as_fd).map_err(io::Error::other)
-    }
-
-    /// Runs one of its programs.
-    ///
-    /// # Errors
-    /// As `BPF_PROG_TEST_RUN`.
-    pub fn run(&self, name: &str, frame: &[u8], repeat: u32) -> io::Result<Ran> {
-        sys::test_run(self.program(name)?, frame, None, repeat)
-    }
-
-    /// Has `vary` call `program` with the packets that `bench` describes.
-    ///
-    /// # Errors
-    /// As bpf(2).
-    pub fn measure(&self, program: BorrowedFd<'_>, bench: &Bench) -> io::Result<()> {
-        self.bench.write(0, bench);
-        sys::update(self.measured.as_fd(), &0u32, &program.as_raw_fd(), 0)
-    }
-}
-
 /// Name of the program in both objects.
 const PROGRAM: &str = "komainu";
 
 /// An error with all that caused it.
-fn words(e: &dyn std::error::Error) -> String {
+pub(super) fn words(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();
     while let Some(e) = cause {
@@ -319,13 +262,14 @@ impl Maps {
             let map = ebpf.map(name).ok_or_else(|| io::Error::other("the object has no such map"));
             map.and_then(descriptor).map_err(KernelError::map(format!("open the map \"{name}\"")))
         };
+        let made = || KernelError::map("make the maps of flows");
         Ok(Maps {
             sizes,
             cpus,
             generation: take("generation")?,
             slots: take("slots")?,
-            flows: take("flows")?,
-            bound: take("bound")?,
+            flows: Growing::new(take("flows")?, "flows", sizes.first_flows, sizes.flows).map_err(made())?,
+            bound: Growing::new(take("bound")?, "bound", sizes.first_flows, sizes.flows).map_err(made())?,
             routes: take("routes")?,
             neighbours: take("neighbours")?,
             host: take("host")?,
@@ -518,7 +462,7 @@ impl Maps {
     /// # Errors
     /// `E2BIG`, `ENOMEM`: no room; the flow's packets go up, but not where the service is said to be conclusive.
     pub fn put_flow(&self, key: &FlowKey, cell: &FlowCell) -> io::Result<()> {
-        sys::update(self.flows.as_fd(), key, cell, 0)
+        self.flows.put(key, cell)
     }
 
     /// A flow as it stands: `last_seen` is the program's.
@@ -526,7 +470,7 @@ impl Maps {
     /// # Errors
     /// As bpf(2), other than that there is none.
     pub fn flow(&self, key: &FlowKey) -> io::Result<Option<FlowCell>> {
-        sys::lookup(self.flows.as_fd(), key)
+        self.flows.get(key)
     }
 
     /// Removes a flow; `false` when it was not there.
@@ -534,7 +478,7 @@ impl Maps {
     /// # Errors
     /// As bpf(2), other than that there is none.
     pub fn remove_flow(&self, key: &FlowKey) -> io::Result<bool> {
-        sys::delete(self.flows.as_fd(), key)
+        self.flows.remove(key)
     }
 
     /// Writes the backend's side of a flow.
@@ -542,7 +486,7 @@ impl Maps {
     /// # Errors
     /// As [`Maps::put_flow`].
     pub fn put_bound(&self, key: &BoundKey, cell: &BoundCell) -> io::Result<()> {
-        sys::update(self.bound.as_fd(), key, cell, 0)
+        self.bound.put(key, cell)
     }
 
     /// The backend's side of a flow as it stands.
@@ -550,7 +494,7 @@ impl Maps {
     /// # Errors
     /// As bpf(2), other than that there is none.
     pub fn bound(&self, key: &BoundKey) -> io::Result<Option<BoundCell>> {
-        sys::lookup(self.bound.as_fd(), key)
+        self.bound.get(key)
     }
 
     /// Removes the backend's side of a flow; `false` when it was not there.
@@ -558,7 +502,7 @@ impl Maps {
     /// # Errors
     /// As bpf(2), other than that there is none.
     pub fn remove_bound(&self, key: &BoundKey) -> io::Result<bool> {
-        sys::delete(self.bound.as_fd(), key)
+        self.bound.remove(key)
     }
 
     /// Writes many flows at once, for benchmarks.
@@ -566,7 +510,7 @@ impl Maps {
     /// # Errors
     /// As bpf(2); some may have been written.
     pub fn put_flows(&self, keys: &[FlowKey], cells: &[FlowCell]) -> io::Result<()> {
-        sys::update_batch(self.flows.as_fd(), keys, cells)
+        self.flows.put_all(keys, cells)
     }
 
     /// Removes every flow, both sides, and with them what services remember.
@@ -574,8 +518,8 @@ impl Maps {
     /// # Errors
     /// As bpf(2); some may have been removed.
     pub fn clear_flows(&self) -> io::Result<()> {
-        clear::<FlowKey>(self.flows.as_fd())?;
-        clear::<BoundKey>(self.bound.as_fd())?;
+        self.flows.clear()?;
+        self.bound.clear()?;
         for number in 0..self.sizes.services {
             self.set_memory(number, Memory::None);
         }
@@ -712,28 +656,17 @@ impl Tally {
     }
 }
 
-/// Removes every entry. The next key is asked for while the last one is still there: behind one that is gone the kernel starts
-/// anew, and all of it would take the square of the time.
-fn clear<K: Plain>(map: BorrowedFd<'_>) -> io::Result<()> {
-    let mut at: Option<K> = sys::next_key(map, None)?;
-    while let Some(key) = at {
-        at = sys::next_key(map, Some(&key))?;
-        sys::delete(map, &key)?;
-    }
-    Ok(())
-}
-
 fn route_key(network: IpAddr, prefix_len: u8) -> RouteKey {
     let bits = u32::from(prefix_len) + if network.is_ipv4() { 96 } else { 0 };
     RouteKey { prefix_len: bits.min(128), address: abi::wide(network) }
 }
 
-fn mapped<T: Plain>(map: &OwnedFd, entries: u32) -> Result<Mapped<T>, KernelError> {
+pub(super) fn mapped<T: Plain>(map: &OwnedFd, entries: u32) -> Result<Mapped<T>, KernelError> {
     Mapped::new(map.as_fd(), entries).map_err(KernelError::map("map an array of the program into memory"))
 }
 
 /// A descriptor of the loader's map.
-fn descriptor(map: &Map) -> io::Result<OwnedFd> {
+pub(super) fn descriptor(map: &Map) -> io::Result<OwnedFd> {
     let data = match map {
         Map::Array(data)
         | Map::HashMap(data)
