@@ -69,7 +69,7 @@ pub fn play(plan: &Plan, verbose: bool) -> (World, Result<(), Violation>) {
 
 /// The world of a plan, before anything has happened.
 pub(super) fn world(plan: &Plan, verbose: bool) -> World {
-    let mut w = World::new(plan.world, &plan.roles, Timing::default());
+    let mut w = World::new(plan.world, &plan.roles, plan.profile.timing());
     w.verbose = verbose;
     w
 }
@@ -227,7 +227,7 @@ fn act(w: &mut World, plan: &Plan, action: &Action) -> Result<(), String> {
             let id = ids.len() as u64 + 1;
             let Some(leader) = w.leader().filter(|_| id <= MAX_MACHINES) else { return Ok(()) };
             let all: Vec<u64> = (1..=id).collect();
-            let machine = Machine::new(id, Role::Balancer, &all, Timing::default());
+            let machine = Machine::new(id, Role::Balancer, &all, plan.profile.timing());
             let node = machine.identity.clone();
             w.machines.insert(id, machine);
             w.say(leader, || format!("is asked to admit n{id}"));

@@ -7,6 +7,7 @@ use komainu_proto::domain::Role;
 use super::Random;
 use super::machine::Time;
 use super::world::{MS, Weather};
+use crate::timing::Profile;
 
 /// The kinds of faults, and how likely each is at most.
 const KINDS: [(Kind, u64); 16] = [
@@ -186,6 +187,8 @@ pub struct Plan {
     pub weather: Weather,
     /// Speed of each clock.
     pub drift_ppm: Vec<i64>,
+    /// Durations of beats, leases and elections.
+    pub profile: Profile,
     /// What happens.
     pub steps: Vec<Step>,
 }
@@ -220,7 +223,8 @@ impl Plan {
         let lasts = if r.below(4) == 0 { r.between(4_000, 9_000) } else { r.between(1_000, 4_000) } * MS;
         let every = r.between(50 * MS, 600 * MS);
         let groups = r.between(1, 4) as u32;
-        let mut plan = Plan { seed, world, roles, groups, weather, drift_ppm, steps: Vec::new() };
+        let profile = if seed % 8 == 3 { Profile::Fast } else { Profile::Default };
+        let mut plan = Plan { seed, world, roles, groups, weather, drift_ppm, profile, steps: Vec::new() };
         let mut t = 0;
         while t < lasts {
             let after = r.below(every);
@@ -291,9 +295,10 @@ impl fmt::Display for Plan {
         let roles: Vec<&str> = self.roles.iter().map(|r| r.as_str()).collect();
         writeln!(
             f,
-            "nodes {}; {} groups; clocks off by {:?} ppm",
+            "nodes {}; {} groups; timing {}; clocks off by {:?} ppm",
             roles.join(", "),
             self.groups,
+            self.profile.as_str(),
             self.drift_ppm
         )?;
         writeln!(f, "{:?}", self.weather)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use komainu_cluster::seal::Key;
-use komainu_cluster::timing::Timing;
+use komainu_cluster::timing::{Profile, Timing};
 use komainu_proto::domain::{NodeId, Role};
 use komainu_proto::words;
 
@@ -355,9 +355,15 @@ fn address_of_a_node(section: &Section<'_>, key: &str, address: SocketAddr) {
 }
 
 fn timing(root: &mut Section<'_>) -> Option<Timing> {
-    let default = Timing::default();
-    let Some(mut section) = root.section("timing") else { return Some(default) };
+    let Some(mut section) = root.section("timing") else { return Some(Timing::default()) };
     let before = section.mistakes();
+    let profile: String = section.or("profile", Profile::Default.as_str().to_owned())?;
+    let Some(profile) = Profile::ALL.into_iter().find(|p| p.as_str() == profile) else {
+        let known = Profile::ALL.map(|p| format!("\"{}\"", p.as_str())).join(" or ");
+        section.wrong("profile", "is no profile", format!("write {known}"));
+        return None;
+    };
+    let default = profile.timing();
     let beat = millis(&mut section, "beat_ms", default.beat);
     let lease = millis(&mut section, "lease_ms", default.lease);
     let grace = millis(&mut section, "grace_ms", default.grace);
