@@ -9,6 +9,7 @@ pub mod bench;
 pub mod chaos;
 pub mod grpc;
 pub mod lane;
+pub mod path;
 pub mod pki;
 
 use std::cell::Cell;
@@ -50,6 +51,11 @@ pub fn with_lane(lane: LaneKind, test: impl FnOnce()) {
     LANE.set(Some(lane));
     test();
     LANE.set(None);
+}
+
+/// The word for the nodes' files: what [`with_lane`] or the environment says; otherwise none, which is `auto`.
+pub fn lane_word() -> Option<String> {
+    LANE.get().map(|lane| lane.as_str().to_owned()).or_else(|| std::env::var(LANE_VARIABLE).ok())
 }
 
 /// Makes of each test function one test for each lane: its [`Bed`]s run that lane.
@@ -119,9 +125,7 @@ impl Bed {
         let mut vips = addr::service(addr::VIP).to_vec();
         vips.extend(addr::service(addr::SNAT));
         let watch = Watch::start(&lab, &vips, PROBE).unwrap();
-        let lane =
-            LANE.get().map(|lane| lane.as_str().to_owned()).or_else(|| std::env::var(LANE_VARIABLE).ok());
-        let cluster = Cluster::with_lane(lab, binary().unwrap(), lane.as_deref()).unwrap();
+        let cluster = Cluster::with_lane(lab, binary().unwrap(), lane_word().as_deref()).unwrap();
         Bed { watch: Some(watch), _capture: capture, cluster, servers, _share: share }
     }
 

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use komainu_lab::topology::{RouteSpec, SERVICE, addr};
 use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::af_packet::{AfPacketConfig, AfPacketLane, Severity};
-use komainu_packet::lane::{LaneError, LaneKind, SharedLane};
+use komainu_packet::lane::kernel::{self, Choice};
+use komainu_packet::lane::{Counters, LaneError, LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Protocol};
 use komainu_tests::lane::{self, GROUP, Renewer};
 
@@ -53,7 +54,10 @@ struct Talk {
 
 impl Talk {
     fn start(lab: &Lab, kind: LaneKind) -> Talk {
-        let lane = lane::start(lab, "lb1", kind, config()).unwrap();
+        Talk::with(lab, lane::start(lab, "lb1", kind, config()).unwrap())
+    }
+
+    fn with(lab: &Lab, lane: SharedLane) -> Talk {
         let vip = addr::service(addr::VIP)[0];
         let mut plan = lane::plan(1, &[vip], &[], &[]);
         let backend = addr::service(addr::FIRST_BACKEND)[0];
@@ -186,6 +190,94 @@ fn a_lane_that_was_stopped_is_silent_and_says_so(kind: LaneKind) {
     assert!(talk.lane.forwarding().is_err());
     assert!(talk.lane.install(lane::plan(2, &[], &[], &[])).is_err());
     assert_eq!(talk.lane.counters().events.len(), before.events.len());
+}
+
+/// Kernels before 6.6 have no links at the tc hook.
+#[test]
+fn a_filter_serves_at_the_tc_hook_where_there_are_no_links() {
+    let lab = lab();
+    let without_links = AfPacketConfig { tc_by_filter: true, ..config() };
+    let filters = || {
+        let show = || Command::new("tc").args(["filter", "show", "dev", "eth0", "ingress"]).output();
+        let output = lab.host("lb1").run(show).unwrap();
+        String::from_utf8(output.stdout).unwrap().matches("direct-action").count()
+    };
+    // What ran before had links, and has crashed: what is left of it goes.
+    let linked = lane::start(&lab, "lb1", LaneKind::Tc, config()).unwrap();
+    assert_eq!((linked.mode().as_str(), filters()), ("tcx", 0));
+    drop(linked);
+    let talk = Talk::with(&lab, lane::start(&lab, "lb1", LaneKind::Tc, without_links.clone()).unwrap());
+    assert_eq!((talk.lane.mode().as_str(), filters()), ("clsact", 1));
+    eventually("traffic", || talk.works());
+    // It is the program that forwards, not the engine above it.
+    let counters = || talk.lane.counters();
+    let up = |counters: &Counters| -> u64 {
+        counters.events.iter().filter(|(name, _)| name.starts_with("up_")).map(|(_, n)| n).sum()
+    };
+    let before = counters();
+    for _ in 0..20 {
+        assert!(talk.works());
+    }
+    let after = counters();
+    assert!(after.backends[0].packets >= before.backends[0].packets + 20, "{before:?} {after:?}");
+    assert!(up(&after) < up(&before) + 20, "{before:?} {after:?}");
+    // Another takes its place in one step, as after a crash: there is one filter.
+    let again = lane::start(&lab, "lb1", LaneKind::Tc, without_links).unwrap();
+    assert_eq!(filters(), 1);
+    again.stop();
+    assert_eq!(filters(), 0);
+}
+
+#[test]
+fn what_a_veth_needs_of_its_neighbours_for_xdp_is_told() {
+    let lab = lab();
+    let found = lab.host("lb1").run(|| komainu_packet::lane::check(LaneKind::Xdp, &config()));
+    let warned = found.iter().find(|f| f.severity == Severity::Warn && f.message.contains("veth"));
+    let warned = &warned.unwrap_or_else(|| panic!("{found:?}")).message;
+    for word in ["peer", "tx off", "lane = \"tc\""] {
+        assert!(warned.contains(word), "{word} in {warned}");
+    }
+    // Nothing of it matters to the lane that is chosen.
+    let found = lab.host("lb1").run(|| komainu_packet::lane::check(LaneKind::Tc, &config()));
+    assert!(found.iter().all(|f| f.severity == Severity::Note), "{found:?}");
+    assert!(found.iter().any(|f| f.message.contains("tcx")), "{found:?}");
+}
+
+#[test]
+fn auto_is_tc_on_a_veth_also_beside_a_foreign_xdp_program() {
+    let lab = lab();
+    let choose = || lab.host("lb1").run(|| kernel::choose(&config()));
+    let choice = choose();
+    assert!(choice.kind == LaneKind::Tc && choice.reason.contains("veth"), "{choice:?}");
+    // A lane that was asked for is not replaced: what stands against it is an error.
+    let foreign = lab.host("lb1").attach_passing_xdp(SERVICE).unwrap();
+    let forced = Choice::forced(LaneKind::Xdp);
+    let refused =
+        lab.host("lb1").run(|| komainu_packet::lane::start_chosen(forced, &config())).err().unwrap();
+    assert!(refused.to_string().contains("another XDP program"), "{refused}");
+    // One that was chosen freely is.
+    let free = Choice { kind: LaneKind::Xdp, reason: String::new(), forced: false };
+    let (lane, chosen) = lab.host("lb1").run(|| komainu_packet::lane::start_chosen(free, &config())).unwrap();
+    assert_eq!((lane.kind(), chosen.kind), (LaneKind::Tc, LaneKind::Tc));
+    assert!(chosen.reason.contains("another XDP program"), "{chosen:?}");
+    drop(foreign);
+}
+
+#[test]
+fn a_driver_that_takes_no_xdp_program_gets_tc_instead_of_a_slow_one() {
+    let lab = lab();
+    // A bridge has no driver that could run one.
+    ip(&lab, "lb1", "link add nat0 type bridge");
+    ip(&lab, "lb1", "link set nat0 up");
+    let config = AfPacketConfig::new("nat0", None);
+    let start =
+        |choice: Choice| lab.host("lb1").run(|| komainu_packet::lane::start_chosen(choice, &config)).unwrap();
+    let (lane, _) = start(Choice::forced(LaneKind::Xdp));
+    assert_eq!(lane.mode(), kernel::GENERIC);
+    drop(lane);
+    let (lane, choice) = start(Choice { kind: LaneKind::Xdp, reason: String::new(), forced: false });
+    assert_eq!((lane.kind(), choice.kind), (LaneKind::Tc, LaneKind::Tc));
+    assert!(choice.reason.contains("driver"), "{choice:?}");
 }
 
 komainu_tests::on_every_lane!(

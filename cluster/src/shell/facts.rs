@@ -52,28 +52,54 @@ impl Facts {
             let left = pulse.lease_left(group.id, at).filter(|left| *left > Duration::ZERO)?;
             Some(LeaseView { group: group.id, node: group.owner?, epoch: group.epoch, left })
         });
+        let members = self.members(view.raft_id, state, pulse);
+        let replaced = members.iter().filter(|m| m.raft_id.is_some() && !m.voter && m.alive).filter(|m| {
+            let places = state.members.iter().filter(|p| p.node.id == m.node.id);
+            // A node that has one place and no vote yet is new.
+            places.clone().any(|p| p.voter)
+        });
+        let replaced: Vec<String> = replaced
+            .map(|m| {
+                format!(
+                    "{} is back with another store, and the place of its former one still counts: until its vote has been \
+                     moved the cluster may not bear another failure",
+                    m.node.name
+                )
+            })
+            .collect();
+        let notes = super::lock(&self.notes).clone();
         View {
-            members: self.members(state, pulse),
+            members,
             leases: leases.collect(),
-            notes: super::lock(&self.notes).iter().cloned().chain(pulse.notices()).collect(),
+            notes: notes.into_iter().chain(pulse.notices()).chain(replaced).collect(),
             at,
             ..view.clone()
         }
     }
 
-    fn members(&self, state: &State, pulse: &Pulse) -> Vec<MemberView> {
+    fn members(&self, own: u64, state: &State, pulse: &Pulse) -> Vec<MemberView> {
         let mut ids: Vec<NodeId> = state.members.iter().map(|m| m.node.id).collect();
         ids.extend(self.peers.iter().map(|p| p.id));
         ids.extend(pulse.peers().map(|p| p.identity.id));
         ids.push(self.identity.id);
         ids.sort();
         ids.dedup();
-        ids.into_iter().map(|id| self.member(id, state, pulse)).collect()
+        ids.into_iter().map(|id| self.member(id, own, state, pulse)).collect()
     }
 
-    fn member(&self, id: NodeId, state: &State, pulse: &Pulse) -> MemberView {
+    fn member(&self, id: NodeId, own: u64, state: &State, pulse: &Pulse) -> MemberView {
         let member = state.member(id);
-        let (raft_id, voter) = (member.map(|m| m.raft_id), member.is_some_and(|m| m.voter));
+        let raft_id = member.map(|m| m.raft_id);
+        let heard = pulse.peer(id);
+        // Of a node that lost its disk the process that lives has another Raft id than the place that it had.
+        let lives_as = if id == self.identity.id {
+            Some(own)
+        } else {
+            heard.as_ref().filter(|h| h.alive).map(|h| h.raft_id.0)
+        };
+        let places = state.members.iter().filter(|m| m.node.id == id).count();
+        let voter = places == 1
+            && member.is_some_and(|m| m.voter && lives_as.is_none_or(|raft_id| raft_id == m.raft_id));
         if id == self.identity.id {
             return MemberView {
                 node: self.identity.clone(),
@@ -85,7 +111,6 @@ impl Facts {
                 health: Some(pulse.self_health().clone()),
             };
         }
-        let heard = pulse.peer(id);
         let named = || member.map(|m| m.node.clone()).or_else(|| heard.as_ref().map(|h| h.identity.clone()));
         let node = named().unwrap_or_else(|| NodeIdentity {
             id,

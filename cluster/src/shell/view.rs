@@ -45,7 +45,8 @@ pub struct MemberView {
     pub node: NodeIdentity,
     /// Its Raft id; absent when it is no member.
     pub raft_id: Option<u64>,
-    /// Whether it has a vote.
+    /// Whether it has a vote: the process that lives, if one does, and no former store of that node besides. So a node that lost
+    /// its disk is none until its vote has been moved to its new store.
     pub voter: bool,
     /// Whether a beat of it came recently; always `true` for this node itself.
     pub alive: bool,

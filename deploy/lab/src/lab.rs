@@ -31,7 +31,7 @@ pub struct Lab {
     // Ports that drop, by (host, segment): from which host and how much.
     faults: Mutex<BTreeMap<(String, String), Vec<Fault>>>,
     // Programs on switch ports.
-    passing: Mutex<Vec<OwnedFd>>,
+    passing: Mutex<BTreeMap<u32, OwnedFd>>,
     dir: WorkDir,
 }
 
@@ -147,7 +147,7 @@ impl Lab {
         let mut passing = self.passing.lock().unwrap_or_else(PoisonError::into_inner);
         for host in hosts {
             for link in &self.host(host).links {
-                passing.push(self.switch.run(|| attach_xdp(&program, link.port))?);
+                passing.insert(link.port, self.switch.run(|| attach_xdp(&program, link.port))?);
             }
         }
         Ok(())
@@ -207,6 +207,13 @@ impl Lab {
             }
             Ok(index)
         })?;
+        let passing = self.passing.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !passing.is_empty() {
+            ns.run(|| transmit_checksums_off(&old.name))?;
+        }
+        if let Some(passing) = passing.get_mut(&old.port) {
+            *passing = self.switch.run(|| attach_xdp(&load_pass_program()?, old.port))?;
+        }
         let links = self.hosts.get_mut(host).map(|h| &mut h.links);
         if let Some(link) = links.into_iter().flatten().find(|l| l.segment == segment) {
             link.index = index;
@@ -312,6 +319,16 @@ impl Interface {
 }
 
 impl Host {
+    /// Puts an XDP program that lets everything pass into the driver of the interface on `segment`, as somebody else's might be
+    /// there. It stays until the descriptor is closed.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn attach_passing_xdp(&self, segment: &str) -> Result<OwnedFd> {
+        let program = load_pass_program()?;
+        self.run(|| attach_xdp(&program, self.on(segment).index))
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         self.ns.name()

@@ -42,6 +42,8 @@ pub struct Context {
     pub cluster: ClusterHandle,
     /// The data path; absent on a witness.
     pub lane: Option<SharedLane>,
+    /// Why it is that lane, in a sentence; empty on a witness.
+    pub lane_reason: Arc<str>,
     /// Shown in status beside the cluster layer's.
     pub notices: Notices,
 }

@@ -80,6 +80,7 @@ impl Context {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             lane: self.lane.as_ref().map(|lane| lane.kind().as_str().to_owned()).unwrap_or_default(),
             lane_mode: self.lane.as_ref().map(|lane| lane.mode()).unwrap_or_default(),
+            lane_reason: self.lane_reason.to_string(),
             fit: balancer && health.is_some_and(|h| h.fit()),
             unfit_reason: health
                 .filter(|h| balancer && !h.fit())

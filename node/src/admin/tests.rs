@@ -155,6 +155,7 @@ impl World {
         let context = Context {
             cluster: cluster.clone(),
             lane: lane.map(|lane| lane as SharedLane),
+            lane_reason: "as the test says".into(),
             notices: Arc::new(|| vec!["a notice".to_owned()]),
         };
         let listeners = Listeners::open(&config).await.unwrap();

@@ -15,7 +15,7 @@ mod places;
 use std::path::Path;
 
 use komainu_packet::lane::af_packet::{AfPacketConfig, Severity};
-use komainu_packet::lane::kernel::Choice;
+use komainu_packet::lane::kernel::{self, Choice};
 use komainu_packet::lane::{self, LaneKind};
 
 pub use report::{Finding, Level, Report};
@@ -36,7 +36,7 @@ pub enum Asker {
 pub fn check_file(path: &Path) -> Report {
     match NodeConfig::load(path) {
         Ok(config) => check(&config, Asker::Operator),
-        Err(error) => Report { findings: of_mistakes(&error) },
+        Err(error) => Report { findings: of_mistakes(&error), choice: None },
     }
 }
 
@@ -44,7 +44,8 @@ pub fn check_file(path: &Path) -> Report {
 pub fn check(config: &NodeConfig, asker: Asker) -> Report {
     let mut findings = vec![Finding::ok("node file", format!("{} is right", config.file.display()))];
     let running = places::daemon_is_running(config);
-    if let (Some(lane), Some(choice)) = (lane_config(config), lane_choice(config)) {
+    let choice = lane_choice(config);
+    if let (Some(lane), Some(choice)) = (lane_config(config), &choice) {
         findings.push(Finding::ok("lane", format!("{}: {}", choice.kind.as_str(), choice.reason)));
         lane_findings(choice.kind, &lane, &mut findings);
         machine::reverse_path_filter(&lane, &mut findings);
@@ -55,7 +56,7 @@ pub fn check(config: &NodeConfig, asker: Asker) -> Report {
     machine::descriptors(&mut findings);
     places::directories(config, &mut findings);
     places::listeners(config, running, asker, &mut findings);
-    Report { findings }
+    Report { findings, choice }
 }
 
 /// Settings of the lane that this node runs; `None` on a witness.
@@ -76,17 +77,13 @@ pub fn interfaces(config: &NodeConfig) -> Vec<&str> {
 }
 
 /// The lane that this node runs and why; `None` on a witness.
-pub fn lane_choice(config: &NodeConfig) -> Option<Choice> {
+fn lane_choice(config: &NodeConfig) -> Option<Choice> {
     let service = config.service.as_ref()?;
-    let asked = |kind| Choice { kind, reason: "as the node file says".to_owned() };
     Some(match service.lane {
-        LaneChoice::Auto => {
-            let reason = "what auto stands for until the lanes in the kernel are complete".to_owned();
-            Choice { kind: LaneKind::AfPacket, reason }
-        }
-        LaneChoice::Xdp => asked(LaneKind::Xdp),
-        LaneChoice::Tc => asked(LaneKind::Tc),
-        LaneChoice::AfPacket => asked(LaneKind::AfPacket),
+        LaneChoice::Auto => kernel::choose(&lane_config(config)?),
+        LaneChoice::Xdp => Choice::forced(LaneKind::Xdp),
+        LaneChoice::Tc => Choice::forced(LaneKind::Tc),
+        LaneChoice::AfPacket => Choice::forced(LaneKind::AfPacket),
     })
 }
 

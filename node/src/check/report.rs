@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use komainu_packet::lane::kernel::Choice;
 use serde::Serialize;
 
 /// How much a finding matters.
@@ -77,6 +78,8 @@ impl fmt::Display for Finding {
 pub struct Report {
     /// The findings.
     pub findings: Vec<Finding>,
+    /// The lane to run; absent on a witness, and where the node file is wrong.
+    pub choice: Option<Choice>,
 }
 
 impl Report {

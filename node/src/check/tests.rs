@@ -121,6 +121,7 @@ fn bench_balancer(bench: &Bench) -> NodeConfig {
 #[test]
 fn both_forms_say_the_same() {
     let report = Report {
+        choice: None,
         findings: vec![Finding::ok("clock", "runs"), Finding::fail("data_dir", "is full", "make room")],
     };
     assert_eq!(report.to_string(), "ok    clock: runs\nfail  data_dir: is full; make room\n");

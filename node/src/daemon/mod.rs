@@ -22,6 +22,7 @@ mod systemd;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use komainu_packet::lane::kernel::Choice;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -77,7 +78,7 @@ pub enum RunError {
 pub fn run(config: NodeConfig) -> Result<ExitCode, RunError> {
     logging::start(&config.log);
     abort_on_panic();
-    look_first(&config)?;
+    let choice = look_first(&config)?;
     raise_descriptors();
     // Two TLS libraries' worth of dependencies agree on one provider here. Already installed is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -88,15 +89,15 @@ pub fn run(config: NodeConfig) -> Result<ExitCode, RunError> {
         .enable_all()
         .build()
         .map_err(|source| RunError::System { doing: "start the runtime".to_owned(), source })?;
-    let result = runtime.block_on(live(config));
+    let result = runtime.block_on(live(config, choice));
     runtime.shutdown_timeout(LAST_TASKS);
     result
 }
 
 /// A node's life.
-async fn live(config: NodeConfig) -> Result<ExitCode, RunError> {
+async fn live(config: NodeConfig, choice: Option<Choice>) -> Result<ExitCode, RunError> {
     let mut signals = Signals::new()?;
-    let mut node = Node::start(&config).await?;
+    let mut node = Node::start(&config, choice).await?;
     tracing::info!(
         id = config.id.0,
         name = config.name,
@@ -130,8 +131,8 @@ async fn live(config: NodeConfig) -> Result<ExitCode, RunError> {
     }
 }
 
-/// The same questions as `komainu check`.
-fn look_first(config: &NodeConfig) -> Result<(), RunError> {
+/// The same questions as `komainu check`; the lane to run.
+fn look_first(config: &NodeConfig) -> Result<Option<Choice>, RunError> {
     let report = check::check(config, Asker::Daemon);
     for finding in &report.findings {
         match finding.level {
@@ -142,7 +143,7 @@ fn look_first(config: &NodeConfig) -> Result<(), RunError> {
         }
     }
     let failures: Vec<_> = report.failures().cloned().collect();
-    if failures.is_empty() { Ok(()) } else { Err(RunError::Unfit(failures)) }
+    if failures.is_empty() { Ok(report.choice) } else { Err(RunError::Unfit(failures)) }
 }
 
 /// The usual soft limit of 1024 is for programs that use select(2).

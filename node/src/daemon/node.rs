@@ -18,6 +18,7 @@ use komainu_cluster::core::Peer;
 use komainu_cluster::seal::Key;
 use komainu_cluster::shell::{self, ClusterHandle, Settings, View};
 use komainu_cluster::state::{ServiceState, State};
+use komainu_packet::lane::kernel::Choice;
 use komainu_packet::lane::{self, SharedLane};
 use komainu_packet::time::BootTime;
 use tokio::runtime::Handle;
@@ -27,7 +28,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::facts::{DataPathFacts, Facts};
 use super::{RunError, systemd};
 use crate::admin::{Context, Listeners, NodeQueries};
-use crate::check::{lane_choice, lane_config};
+use crate::check::lane_config;
 use crate::config::NodeConfig;
 use crate::datapath::{InstallStatus, Installer, LanePath};
 use crate::health::probe::NetProbe;
@@ -52,11 +53,11 @@ struct RunningDataPath {
 }
 
 impl Node {
-    /// Starts everything.
+    /// Starts everything. `choice`: the lane, as the checks had it.
     ///
     /// # Errors
     /// The first thing that can't be had; what was started before it has ended again.
-    pub(super) async fn start(config: &NodeConfig) -> Result<Node, RunError> {
+    pub(super) async fn start(config: &NodeConfig, choice: Option<Choice>) -> Result<Node, RunError> {
         let started = Instant::now();
         let listeners = Listeners::open(config).await?;
         let metrics_listener = match config.metrics {
@@ -67,18 +68,18 @@ impl Node {
             None => None,
         };
         let settings = settings(config)?;
-        let lane: Option<SharedLane> = match (lane_choice(config), lane_config(config)) {
+        let (lane, lane_reason) = match (choice, lane_config(config)) {
             (Some(choice), Some(settings)) => {
-                let lane = lane::start(choice.kind, settings)?;
+                let (lane, choice) = lane::start_chosen(choice, &settings)?;
                 tracing::info!(
                     lane = lane.kind().as_str(),
                     mode = lane.mode(),
                     why = choice.reason,
                     "data path started"
                 );
-                Some(lane)
+                (Some(lane), choice.reason)
             }
-            _ => None,
+            _ => (None, String::new()),
         };
         let path = lane.as_ref().map(|lane| Arc::new(LanePath::new(lane.clone())));
         let queries = Arc::new(NodeQueries::new(lane.clone()));
@@ -106,8 +107,12 @@ impl Node {
         let mut tasks = JoinSet::new();
         let (stop_admin, stopped) = watch::channel(false);
         let noticing = facts.clone();
-        let context =
-            Context { cluster: cluster.clone(), lane, notices: Arc::new(move || noticing.notices()) };
+        let context = Context {
+            cluster: cluster.clone(),
+            lane,
+            lane_reason: lane_reason.into(),
+            notices: Arc::new(move || noticing.notices()),
+        };
         let admin = tokio::spawn(async move {
             match listeners.serve(context, stopped).await {
                 Ok(()) => RunError::Ended("the administration"),

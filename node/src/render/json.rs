@@ -26,6 +26,7 @@ struct Node {
     version: String,
     lane: String,
     lane_mode: String,
+    lane_reason: String,
     fit: bool,
     unfit_reason: String,
 }
@@ -240,6 +241,7 @@ impl From<wire::StatusResponse> for Status {
                 version: node.version,
                 lane: node.lane,
                 lane_mode: node.lane_mode,
+                lane_reason: node.lane_reason,
                 fit: node.fit,
                 unfit_reason: node.unfit_reason,
             },
@@ -474,7 +476,7 @@ mod tests {
     fn the_promised_fields_are_there() {
         let json = serde_json::to_value(Status::from(sample())).unwrap();
         for (object, fields) in [
-            ("/node", "id name role version lane lane_mode"),
+            ("/node", "id name role version lane lane_mode lane_reason"),
             ("/cluster", "leader term quorum solo revision members"),
             ("/cluster/members/0", "id name role alive since_beat_ms"),
             ("/groups/0", "name vips owner epoch lease_left_ms standby_lag_flows"),

@@ -26,6 +26,9 @@ pub fn status(status: &wire::StatusResponse) -> String {
                 node.version
             ),
         );
+        if !node.lane_reason.is_empty() {
+            line(&mut out, format_args!("         lane {}: {}", node.lane, node.lane_reason));
+        }
         if !node.fit && !node.unfit_reason.is_empty() {
             line(&mut out, format_args!("         not fit to own a group: {}", node.unfit_reason));
         }

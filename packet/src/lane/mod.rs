@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use self::af_packet::{AfPacketConfig, AfPacketLane, Finding};
-use self::kernel::{Hook, KernelLane};
+use self::kernel::{Choice, Hook, KernelLane};
 use crate::lease::Lease;
 use crate::plan::{Plan, Protocol};
 
@@ -240,8 +240,48 @@ pub fn check(kind: LaneKind, config: &AfPacketConfig) -> Vec<Finding> {
 /// The first thing found that stands against it, or what the system refused.
 pub fn start(kind: LaneKind, config: AfPacketConfig) -> Result<SharedLane, LaneError> {
     Ok(match kind {
-        LaneKind::AfPacket => Arc::new(AfPacketLane::start(config)?),
+        LaneKind::AfPacket => {
+            clear_the_way(&config);
+            Arc::new(AfPacketLane::start(config)?)
+        }
         LaneKind::Xdp => Arc::new(KernelLane::start(Hook::Xdp, config)?),
         LaneKind::Tc => Arc::new(KernelLane::start(Hook::Tc, config)?),
     })
+}
+
+/// Starts the lane that was chosen. Where the choice was free and the machine refuses it after all, the next best is started;
+/// what runs then, and why, is returned. An XDP program that the driver won't run is slower than one at the tc hook: so that
+/// counts as a refusal too.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_chosen(mut choice: Choice, config: &AfPacketConfig) -> Result<(SharedLane, Choice), LaneError> {
+    loop {
+        let started = start(choice.kind, config.clone());
+        if choice.forced || choice.kind == LaneKind::AfPacket {
+            return Ok((started?, choice));
+        }
+        let reason = match started {
+            Ok(lane) if choice.kind == LaneKind::Xdp && lane.mode().contains(kernel::GENERIC) => {
+                lane.stop();
+                "the driver does not take the XDP program".to_owned()
+            }
+            Ok(lane) => return Ok((lane, choice)),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(lane = choice.kind.as_str(), reason, "can't be had: the next best lane");
+        let kind = if choice.kind == LaneKind::Xdp { LaneKind::Tc } else { LaneKind::AfPacket };
+        choice = Choice { kind, reason, forced: false };
+    }
+}
+
+/// Takes away what a lane in the kernel left when its process was killed: without a lease it would keep from packet sockets
+/// what is for the VIPs.
+fn clear_the_way(config: &AfPacketConfig) {
+    let interfaces: Vec<&str> = config.interfaces().collect();
+    match kernel::clean_up(&interfaces) {
+        Ok(0) => {}
+        Ok(links) => tracing::info!(links, "taken away what a lane in the kernel had left"),
+        Err(error) => tracing::warn!(error, "what a lane in the kernel left may stand in the way"),
+    }
 }

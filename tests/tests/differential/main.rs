@@ -11,6 +11,7 @@
 //! | `rules` | what the program may leave to the engine: everything else it must do itself |
 //! | `clock` | leases that end, and clocks that stood still |
 //! | `build` | plans and frames, those of the fuzz targets |
+//! | `change` | one backend of a hundred is changed under a hundred thousand connections |
 //! | `load` | the program by itself: it loads, its types are those of the maps, its hashes those of `hash.rs` |
 
 // All of this is a test: what can't go on fails it.
@@ -19,6 +20,7 @@
 #[path = "../../fuzz/src/build.rs"]
 #[allow(dead_code, missing_docs, reason = "shared with the fuzz targets, which use the rest of it")]
 mod build;
+mod change;
 mod clock;
 mod frames;
 mod load;

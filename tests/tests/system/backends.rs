@@ -44,7 +44,6 @@ fn a_backend_that_says_503_is_taken_out_with_the_reason_in_status() {
     bed.cluster.wait_health("web", "be1", "up", SOON).unwrap();
 }
 
-#[test]
 fn connections_to_living_backends_outlive_the_death_of_another() {
     let mut bed = Bed::web(Machine::Shared);
     let old = Pingers::start(bed.client(), tcp(0), 12, PING, PATIENCE).unwrap();
@@ -102,7 +101,6 @@ fn a_drain_keeps_connections_and_takes_no_new_ones_and_survives_a_failover() {
     .unwrap();
 }
 
-#[test]
 fn drain_wait_ends_when_the_last_connection_has() {
     let bed = Bed::web(Machine::Shared);
     let connections = Pingers::start(bed.client(), tcp(0), 12, PING, PATIENCE).unwrap();
@@ -121,7 +119,6 @@ fn drain_wait_ends_when_the_last_connection_has() {
     });
 }
 
-#[test]
 fn weight_0_takes_no_new_flows_and_disable_takes_nothing() {
     let bed = Bed::web(Machine::Shared);
     bed.cluster.cli_ok("lb2", &["backend", "weight", "web/be1", "0"]).unwrap();
@@ -153,4 +150,7 @@ fn weight_0_takes_no_new_flows_and_disable_takes_nothing() {
 komainu_tests::system_on_every_lane!(
     a_dead_backend_is_taken_out_and_comes_back,
     a_drain_keeps_connections_and_takes_no_new_ones_and_survives_a_failover,
+    connections_to_living_backends_outlive_the_death_of_another,
+    drain_wait_ends_when_the_last_connection_has,
+    weight_0_takes_no_new_flows_and_disable_takes_nothing,
 );

@@ -7,7 +7,7 @@ use komainu_lab::topology::Standard;
 use komainu_lab::traffic::http::requests;
 use komainu_lab::watch::Watch;
 use komainu_lab::{Lab, standard};
-use komainu_tests::{Bed, GROUP, Machine, PATIENCE, PROBE, http, vip, web_document};
+use komainu_tests::{Bed, GROUP, Machine, PATIENCE, PROBE, http, lane_word, vip, web_document};
 
 fn export(bed: &Bed, name: &str) -> String {
     bed.cluster.cli_ok(name, &["export"]).unwrap().stdout
@@ -201,7 +201,7 @@ fn nodes_leave_and_join_while_the_others_serve() {
     let lab = Lab::build(&three.topology()).unwrap();
     let _servers = standard::servers(&lab).unwrap();
     let watch = Watch::start(&lab, &[vip(0), vip(1)], PROBE).unwrap();
-    let mut cluster = Cluster::empty(lab, binary().unwrap()).unwrap();
+    let mut cluster = Cluster::empty(lab, binary().unwrap(), lane_word().as_deref()).unwrap();
     let founders = [("lb1", 1), ("lb2", 2), ("wit", 3)];
     let peers_of = |own: &str| -> Vec<(String, u64)> {
         founders.iter().filter(|(h, _)| *h != own).map(|(h, id)| ((*h).to_owned(), *id)).collect()

@@ -5,7 +5,7 @@ use komainu_lab::Standard;
 use komainu_lab::cluster::document::Service;
 use komainu_lab::cluster::{Cluster, NodeSpec, SOON, binary};
 use komainu_lab::traffic::http::requests;
-use komainu_tests::{Bed, Machine, PATIENCE, changed, http, web_document};
+use komainu_tests::{Bed, Machine, PATIENCE, changed, http, lane_word, web_document};
 
 type Change = fn(&mut Service);
 
@@ -138,7 +138,7 @@ fn verbs_with_mistakes_are_refused_and_wrong_usage_is_told_apart() {
 #[test]
 fn a_node_file_with_a_mistake_is_refused_by_check_and_by_run() {
     let lab = Lab::build(&Standard { service_backends: 0, ..Standard::default() }.topology()).unwrap();
-    let mut cluster = Cluster::empty(lab, binary().unwrap()).unwrap();
+    let mut cluster = Cluster::empty(lab, binary().unwrap(), None).unwrap();
     cluster
         .add(&NodeSpec {
             host: "lb1".into(),
@@ -193,7 +193,7 @@ fn a_node_file_with_a_mistake_is_refused_by_check_and_by_run() {
 #[test]
 fn a_balancer_whose_kernel_would_forward_too_refuses_to_start() {
     let lab = Lab::build(&Standard { service_backends: 0, ..Standard::default() }.topology()).unwrap();
-    let mut cluster = Cluster::new(lab, binary().unwrap()).unwrap();
+    let mut cluster = Cluster::with_lane(lab, binary().unwrap(), lane_word().as_deref()).unwrap();
     cluster.lab.host("lb1").sysctl("ipv4/ip_forward", "1").unwrap();
     cluster.start("lb1").unwrap();
     let ended = cluster.process("lb1").wait(SOON);

@@ -6,7 +6,6 @@ use komainu_lab::traffic::http::requests;
 use komainu_tests::{Bed, GROUP, Machine, PATIENCE, http, udp, vip};
 
 /// Guards against a node that stays unfit until it is restarted although an interface of that name has come back.
-#[test]
 fn a_node_takes_up_an_interface_that_was_deleted_and_came_back() {
     let mut bed = Bed::web(Machine::Shared);
     let owner = bed.owner();
@@ -47,3 +46,5 @@ fn a_node_takes_up_an_interface_that_was_deleted_and_came_back() {
     bed.servers.get_mut("be1").unwrap().kill();
     bed.cluster.wait_health("web", "be1", "down", SOON).unwrap();
 }
+
+komainu_tests::system_on_every_lane!(a_node_takes_up_an_interface_that_was_deleted_and_came_back,);

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use komainu_lab::cluster::SOON;
-use komainu_lab::topology::SERVICE;
+use komainu_lab::Lab;
+use komainu_lab::cluster::{Cluster, SOON, binary};
+use komainu_lab::topology::{SERVICE, Standard};
 use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
 use komainu_packet::lane::LaneKind;
 use komainu_tests::{Bed, Machine, udp, vip, with_lane};
@@ -36,13 +37,53 @@ fn on(lane: LaneKind, test: impl FnOnce(&mut Bed)) {
 const KERNEL: [LaneKind; 2] = [LaneKind::Tc, LaneKind::Xdp];
 
 #[test]
-fn status_says_lane_and_mode() {
-    for (lane, mode) in [(LaneKind::Tc, "tcx"), (LaneKind::Xdp, "native")] {
+fn status_and_check_say_lane_and_mode_and_why() {
+    for (lane, mode) in
+        [(LaneKind::AfPacket, "ring+vnet_hdr"), (LaneKind::Tc, "tcx"), (LaneKind::Xdp, "native")]
+    {
         on(lane, |bed| {
-            let status = bed.cluster.status("lb1").unwrap();
-            assert_eq!((status.node.lane.as_str(), status.node.lane_mode.as_str()), (lane.as_str(), mode));
+            let node = bed.cluster.status("lb1").unwrap().node;
+            assert_eq!((node.lane.as_str(), node.lane_mode.as_str()), (lane.as_str(), mode));
+            assert_eq!(node.lane_reason, "as the node file says");
         });
     }
+    // Where nobody asks for a lane: a veth has offloads to lose.
+    let lab = Lab::build(&Standard { service_backends: 0, ..Standard::default() }.topology()).unwrap();
+    let mut cluster = Cluster::with_lane(lab, binary().unwrap(), Some("auto")).unwrap();
+    let file = cluster.node_file_of("lb1").display().to_string();
+    let checked = cluster.local("lb1", &["check", "-c", &file]).unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+    let line = checked.stdout.lines().find(|l| l.contains("lane")).unwrap_or_else(|| panic!("{checked:?}"));
+    assert!(line.contains("tc: eth0 (veth)"), "{line}");
+    assert!(checked.stdout.contains("tcx"), "{checked:?}");
+    cluster.start_all().unwrap();
+    cluster.wait_formed(SOON).unwrap();
+    let node = cluster.status("lb1").unwrap().node;
+    assert_eq!((node.lane.as_str(), node.lane_mode.as_str()), ("tc", "tcx"));
+    assert!(node.lane_reason.contains("offloads"), "{node:?}");
+    let shown = cluster.cli_ok("lb1", &["status"]).unwrap().stdout;
+    assert!(shown.contains(&node.lane_reason), "{shown}");
+}
+
+/// Guards against a lane in user space behind a program without a lease, which a crash of another lane had left: at XDP it kept
+/// everything for the VIPs from packet sockets.
+#[test]
+fn another_lane_after_a_crash_takes_away_what_was_left() {
+    on(LaneKind::Xdp, |bed| {
+        for name in ["lb1", "lb2"] {
+            let file = bed.cluster.node_file_of(name).to_owned();
+            bed.cluster.kill_9(name);
+            assert!(pins(bed, name).exists(), "the program went with its process");
+            let text = std::fs::read_to_string(&file).unwrap();
+            std::fs::write(&file, text.replace("lane = \"xdp\"", "lane = \"af_packet\"")).unwrap();
+            bed.cluster.start(name).unwrap();
+            bed.cluster.wait_formed(SOON).unwrap();
+            assert_eq!(bed.cluster.status(name).unwrap().node.lane, "af_packet");
+            assert!(!pins(bed, name).exists(), "{name}");
+        }
+        bed.owner();
+        assert!(bed.stream().wait_answered(100, SOON));
+    });
 }
 
 #[test]

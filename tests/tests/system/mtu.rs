@@ -38,7 +38,6 @@ fn too_big_sent(host: &Host, family: usize) -> u64 {
     values.split(' ').nth(column).unwrap().parse().unwrap()
 }
 
-#[test]
 fn a_narrow_link_towards_the_client_is_discovered_in_every_mode() {
     let bed = Bed::start(Machine::Shared, WITH_INSIDE_AND_FAR, all_modes);
     // The router's cable to the client.
@@ -111,7 +110,6 @@ fn backends_behind_routers() -> Topology {
     t
 }
 
-#[test]
 fn a_narrow_link_towards_the_backend_is_discovered_in_every_mode_that_routes() {
     let mut servers = Vec::new();
     let document = |lab: &Lab| {
@@ -147,7 +145,6 @@ fn a_narrow_link_towards_the_backend_is_discovered_in_every_mode_that_routes() {
     }
 }
 
-#[test]
 fn a_narrow_link_of_the_balancer_itself_is_told_to_the_client() {
     let only_inside = Standard { service_backends: 0, inside_backends: 2, ..Standard::default() };
     let bed = Bed::start(Machine::Shared, only_inside, |lab| {
@@ -172,3 +169,9 @@ fn a_narrow_link_of_the_balancer_itself_is_told_to_the_client() {
         assert!(told() > before, "to {at}: nothing was too large");
     }
 }
+
+komainu_tests::system_on_every_lane!(
+    a_narrow_link_towards_the_client_is_discovered_in_every_mode,
+    a_narrow_link_towards_the_backend_is_discovered_in_every_mode_that_routes,
+    a_narrow_link_of_the_balancer_itself_is_told_to_the_client,
+);

@@ -102,15 +102,9 @@ impl Cluster {
     /// The same, and what the kernel refuses.
     pub fn with_lane(lab: Lab, binary: PathBuf, lane: Option<&str>) -> Result<Cluster> {
         let hosts: Vec<String> = lab.hosts().map(|(name, _)| name.to_owned()).collect();
-        if lane == Some("xdp") {
-            let balancers: Vec<&str> =
-                hosts.iter().map(String::as_str).filter(|h| h.starts_with("lb")).collect();
-            lab.ready_for_xdp(&balancers)?;
-        }
         let members: Vec<(String, u64)> =
             hosts.iter().filter(|h| h.starts_with("lb") || *h == "wit").cloned().zip(1..).collect();
-        let mut cluster = Cluster::empty(lab, binary)?;
-        cluster.lane = lane.map(str::to_owned);
+        let mut cluster = Cluster::empty(lab, binary, lane)?;
         for (host, id) in &members {
             cluster.add(&NodeSpec {
                 host: host.clone(),
@@ -123,17 +117,23 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// A cluster without nodes, but with a key.
+    /// A cluster without nodes, but with a key. Nodes that are added run `lane`; for `xdp` the network of every balancer in the lab
+    /// is made fit for it.
     ///
     /// # Errors
-    /// The binary isn't there, or the key can't be made.
-    pub fn empty(lab: Lab, binary: PathBuf) -> Result<Cluster> {
+    /// The binary isn't there, the key can't be made, or the kernel refuses.
+    pub fn empty(lab: Lab, binary: PathBuf, lane: Option<&str>) -> Result<Cluster> {
         if !binary.is_file() {
             return Err(LabError::NoBinary { path: binary });
         }
+        if lane == Some("xdp") {
+            let balancers: Vec<&str> =
+                lab.hosts().map(|(name, _)| name).filter(|h| h.starts_with("lb")).collect();
+            lab.ready_for_xdp(&balancers)?;
+        }
         let key = lab.dir().join("cluster.key");
-        let cluster =
-            Cluster { nodes: BTreeMap::new(), binary, key, lane: None, environment: Vec::new(), lab };
+        let lane = lane.map(str::to_owned);
+        let cluster = Cluster { nodes: BTreeMap::new(), binary, key, lane, environment: Vec::new(), lab };
         let key = cluster.key.display().to_string();
         cluster.run_here(None, &["keygen", "--output", &key])?.success("keygen")?;
         Ok(cluster)

@@ -36,6 +36,8 @@ pub struct NodeStatus {
     /// How it is attached.
     #[serde(default)]
     pub lane_mode: String,
+    /// Why it is that lane.
+    pub lane_reason: String,
 }
 
 /// The cluster.

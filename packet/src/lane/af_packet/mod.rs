@@ -86,6 +86,8 @@ pub struct AfPacketConfig {
     pub new_flows_per_second: u32,
     /// Slots of each receive ring, 64 KiB each; rounded up to a multiple of 31.
     pub ring_slots: usize,
+    /// Attach to the tc hook as kernels without links for it do, by a `clsact` filter. For tests of that way.
+    pub tc_by_filter: bool,
 }
 
 impl AfPacketConfig {
@@ -97,6 +99,7 @@ impl AfPacketConfig {
             max_flows: DEFAULT_MAX_FLOWS,
             new_flows_per_second: DEFAULT_NEW_FLOWS_PER_SECOND,
             ring_slots: DEFAULT_RING_SLOTS,
+            tc_by_filter: false,
         }
     }
 

@@ -10,6 +10,9 @@ use super::pins;
 use super::program::Hook;
 use crate::netlink::{self, XdpState, traffic_control};
 
+/// [`Attached::mode`] of an XDP program that runs behind the driver.
+pub const GENERIC: &str = "generic";
+
 /// A program on an interface. Dropping it takes it away.
 #[derive(Debug)]
 pub struct Attached {
@@ -26,11 +29,18 @@ enum How {
 }
 
 impl Attached {
-    /// Puts `program` on an interface. What an earlier process left there is replaced in one step.
+    /// Puts `program` on an interface. What an earlier process left there is replaced in one step. `links`: whether a link holds
+    /// it at the tc hook where the kernel has such links.
     ///
     /// # Errors
     /// What the kernel refused, in a sentence with what to do.
-    pub fn new(hook: Hook, program: BorrowedFd<'_>, name: &str, ifindex: u32) -> Result<Attached, String> {
+    pub fn new(
+        hook: Hook,
+        program: BorrowedFd<'_>,
+        name: &str,
+        ifindex: u32,
+        links: bool,
+    ) -> Result<Attached, String> {
         let refused = |doing: &str| {
             let doing = format!("interface \"{name}\": {doing}");
             move |e: io::Error| format!("{doing}: {e}")
@@ -38,11 +48,14 @@ impl Attached {
         let directory = pins::directory().map_err(refused("find the directory for its link"))?;
         let pin = pins::path(&directory, name, hook);
         let other = pins::path(&directory, name, if hook == Hook::Xdp { Hook::Tc } else { Hook::Xdp });
-        let how = match adopt(hook, program, ifindex, &pin) {
+        let links = links || hook == Hook::Xdp;
+        let adopted = if links { adopt(hook, program, ifindex, &pin) } else { None };
+        let how = match adopted {
             Some((link, point)) => How::Link { _link: link, pin, point },
             None => {
                 pins::unlink(&pin).map_err(refused("remove an old link"))?;
-                match create(hook, program, name, ifindex)? {
+                let created = if links { create(hook, program, name, ifindex)? } else { None };
+                match created {
                     Some((link, point)) => {
                         pin_in(&directory, &link, &pin).map_err(refused("pin its link"))?;
                         How::Link { _link: link, pin, point }
@@ -69,7 +82,7 @@ impl Attached {
     pub fn mode(&self) -> &'static str {
         match &self.how {
             How::Link { point: Point::XdpNative, .. } => "native",
-            How::Link { point: Point::XdpGeneric, .. } => "generic",
+            How::Link { point: Point::XdpGeneric, .. } => GENERIC,
             How::Link { point: Point::Tcx, .. } => "tcx",
             How::Filter => "clsact",
         }

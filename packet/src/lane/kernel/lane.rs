@@ -42,6 +42,7 @@ impl KernelLane {
         }
         let mode = Arc::new(Mutex::new("detached".to_owned()));
         let told = Arc::clone(&mode);
+        let links = !config.tc_by_filter;
         let names = [Some(config.service.clone()), config.inside.clone()];
         let flows = u32::try_from(config.max_flows).unwrap_or(u32::MAX);
         let above = AfPacketLane::start_above(config, move |net| {
@@ -69,7 +70,7 @@ impl KernelLane {
             let maps = Arc::clone(kernel.maps());
             let leases = LeaseBoard::shared(maps);
             let cache = Cache::new(Arc::clone(kernel.maps()));
-            let below = Sync::new(kernel, names, taps, told, net.clone());
+            let below = Sync::new(kernel, names, taps, links, told, net.clone());
             Ok(Parts { leases: Arc::new(leases), below: Some(Box::new(below)), cache: Some(Box::new(cache)) })
         })?;
         Ok(KernelLane { hook, above, mode })

@@ -115,6 +115,13 @@ impl Link {
         unsafe { bpf_fd(LINK_CREATE, &mut attributes) }.map(Link)
     }
 
+    /// Whether the kernel knows links of `point`'s kind. Nothing is attached.
+    pub fn is_known(program: BorrowedFd<'_>, point: Point) -> bool {
+        // No interface has that number: a kernel that gets so far as to look for it knows the rest.
+        let outcome = Link::create(program, 0, point);
+        outcome.is_err_and(|e| e.raw_os_error() == Some(libc::ENODEV))
+    }
+
     /// The link pinned at `path`.
     ///
     /// # Errors

@@ -39,6 +39,7 @@ mod tap;
 mod ticks;
 mod ways;
 
+pub use attach::GENERIC;
 pub use check::{Choice, choose, clean_up, is_left};
 pub use lane::KernelLane;
 pub use program::Hook;

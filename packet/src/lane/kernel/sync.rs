@@ -39,6 +39,8 @@ pub struct Sync {
     names: [Option<String>; Port::COUNT],
     taps: [Option<Tap>; Port::COUNT],
     attached: [Option<Attached>; Port::COUNT],
+    /// Whether links are used where the kernel has them.
+    links: bool,
     /// How it is attached, for `lane_mode`.
     mode: Arc<Mutex<String>>,
     net: netlink::Handle,
@@ -61,6 +63,7 @@ impl Sync {
         kernel: Kernel,
         names: [Option<String>; Port::COUNT],
         taps: [Option<Tap>; Port::COUNT],
+        links: bool,
         mode: Arc<Mutex<String>>,
         net: netlink::Handle,
     ) -> Sync {
@@ -73,6 +76,7 @@ impl Sync {
             names,
             taps,
             attached: [None, None],
+            links,
             mode,
             net,
             backends: Vec::new(),
@@ -94,7 +98,7 @@ impl Sync {
         self.attached[p] = None;
         let Some(name) = &self.names[p] else { return Ok(()) };
         let program = self.kernel.program_fd().map_err(|e| e.to_string())?;
-        let attached = Attached::new(self.kernel.hook(), program, name, config.ifindex)?;
+        let attached = Attached::new(self.kernel.hook(), program, name, config.ifindex, self.links)?;
         tracing::info!(
             interface = name,
             hook = self.kernel.hook().as_str(),
