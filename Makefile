@@ -16,7 +16,7 @@ MUTATE ?=
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help setup demo build test test-fast lint deny bench chaos sim differential fuzz clean
+.PHONY: help setup demo build test test-fast test-lanes lint deny bench chaos sim differential fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -35,6 +35,16 @@ test: ## every test: unit, property, and the real binary in network namespaces (
 	@deploy/setup.sh test
 	cargo build --package komainu-node
 	SEEDS=$(SEEDS) cargo test --workspace --no-fail-fast
+
+# Those that name their lane are run on every lane by `make test` already.
+test-lanes: ## the system tests that `make test` runs on the chosen lane only, on the other lanes
+	@deploy/setup.sh test
+	cargo build --package komainu-node
+	@set -e; for lane in af_packet xdp; do \
+	    echo "== $$lane"; \
+	    KOMAINU_TEST_LANE=$$lane cargo test --package komainu-tests --test system -- \
+	      --skip af_packet:: --skip tc:: --skip xdp:: --skip kernel:: --skip demo::; \
+	done
 
 test-fast: setup ## the tests that need neither root nor the binary
 	cargo test --workspace --exclude komainu-tests

@@ -158,7 +158,8 @@ impl Path {
 
     /// A connection is made, by three segments. Its backend.
     pub fn connect(&mut self, flow: u32) -> u8 {
-        let (backend, syn) = self.request(flow, Flags::Syn).unwrap_or_else(|| panic!("flow {flow} is refused"));
+        let (backend, syn) =
+            self.request(flow, Flags::Syn).unwrap_or_else(|| panic!("flow {flow} is refused"));
         // In `dsr` the answer goes its own way.
         if self.mode != Mode::Dsr {
             let at = |i: usize| Ipv4Addr::new(syn[i], syn[i + 1], syn[i + 2], syn[i + 3]);

@@ -32,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub enum Metric {
     /// One TCP connection, bulk, from client to server.
     TcpBulk,
+    /// The same from server to client.
+    TcpBulkBack,
     /// One UDP flow of smallest frames, as fast as the client can.
     UdpPackets,
     /// New TCP connections, each with a byte there and back.
@@ -40,12 +42,14 @@ pub enum Metric {
 
 impl Metric {
     /// All, in the order of the report.
-    pub const ALL: [Metric; 3] = [Metric::TcpBulk, Metric::UdpPackets, Metric::TcpConnections];
+    pub const ALL: [Metric; 4] =
+        [Metric::TcpBulk, Metric::TcpBulkBack, Metric::UdpPackets, Metric::TcpConnections];
 
     /// Name in the results.
     pub fn name(self) -> &'static str {
         match self {
             Metric::TcpBulk => "tcp_bulk",
+            Metric::TcpBulkBack => "tcp_bulk_back",
             Metric::UdpPackets => "udp_packets",
             Metric::TcpConnections => "tcp_connections",
         }
@@ -54,7 +58,7 @@ impl Metric {
     /// Unit of its values.
     pub fn unit(self) -> &'static str {
         match self {
-            Metric::TcpBulk => "Gbit/s",
+            Metric::TcpBulk | Metric::TcpBulkBack => "Gbit/s",
             Metric::UdpPackets => "packets/s",
             Metric::TcpConnections => "connections/s",
         }
@@ -71,7 +75,8 @@ impl Metric {
     /// The path carries nothing, or not everything.
     pub fn measure(self, lab: &Lab, path: &Path, time: Duration) -> Result<f64> {
         match self {
-            Metric::TcpBulk => tcp_bulk(lab, path, time),
+            Metric::TcpBulk => tcp_bulk(lab, path, time, false),
+            Metric::TcpBulkBack => tcp_bulk(lab, path, time, true),
             Metric::UdpPackets => udp_packets(lab, path, time),
             Metric::TcpConnections => tcp_connections(lab, path, time),
         }
@@ -79,16 +84,22 @@ impl Metric {
     }
 }
 
-fn tcp_bulk(lab: &Lab, path: &Path, time: Duration) -> Result<f64> {
+/// `back`: the server sends.
+fn tcp_bulk(lab: &Lab, path: &Path, time: Duration, back: bool) -> Result<f64> {
     let listener = lab.host(path.server).run(|| TcpListener::bind(path.listen))?;
-    let mut to_server = lab.host("client").run(|| connect(path.from, path.to))?;
-    let (mut at_server, _) = listener.accept()?;
-    at_server.set_read_timeout(Some(PATIENCE))?;
-    let receiver = lab.host(path.server).spawn("sink", move || -> Result<(u64, Duration)> {
+    let at_client = lab.host("client").run(|| connect(path.from, path.to))?;
+    let (at_server, _) = listener.accept()?;
+    let ((sender, from), (mut receiver, to)) = if back {
+        ((at_server, path.server), (at_client, "client"))
+    } else {
+        ((at_client, "client"), (at_server, path.server))
+    };
+    receiver.set_read_timeout(Some(PATIENCE))?;
+    let sink = lab.host(to).spawn("sink", move || -> Result<(u64, Duration)> {
         let mut buffer = vec![0; CHUNK];
         let (mut bytes, mut first, mut last) = (0u64, None, Instant::now());
         loop {
-            let n = at_server.read(&mut buffer)?;
+            let n = receiver.read(&mut buffer)?;
             if n == 0 {
                 break;
             }
@@ -101,17 +112,18 @@ fn tcp_bulk(lab: &Lab, path: &Path, time: Duration) -> Result<f64> {
         }
         Ok((bytes, last - first.context("nothing arrived")?))
     });
-    let sent = lab.host("client").run(move || -> Result<()> {
-        to_server.set_write_timeout(Some(PATIENCE))?;
+    let sent = lab.host(from).run(move || -> Result<()> {
+        let mut sender = sender;
+        sender.set_write_timeout(Some(PATIENCE))?;
         let chunk = vec![0x5a; CHUNK];
         let end = Instant::now() + time;
         while Instant::now() < end {
-            to_server.write_all(&chunk)?;
+            sender.write_all(&chunk)?;
         }
-        to_server.shutdown(Shutdown::Write)?;
+        sender.shutdown(Shutdown::Write)?;
         Ok(())
     });
-    let received = receiver.join().expect("the receiver does not panic");
+    let received = sink.join().expect("the receiver does not panic");
     sent?;
     let (bytes, took) = received?;
     Ok(bytes as f64 * 8.0 / took.as_secs_f64() / 1e9)

@@ -3,13 +3,17 @@
 //!
 //! | file | holds |
 //! |---|---|
+//! | [`memory`] | what flows cost in memory |
 //! | [`paths`] | the network, and the ways through it |
+//! | [`flood`] | a flood of SYNs beside established connections |
 //! | [`measure`] | sender and receiver |
 //! | [`program`] | what the program in the kernel costs a packet, without a network |
 //! | [`report`] | results as JSON and as a page |
 //! | [`wire`] | packets per second from a generator in the kernel |
 
+pub mod flood;
 pub mod measure;
+pub mod memory;
 pub mod paths;
 pub mod program;
 pub mod report;

@@ -34,11 +34,11 @@ const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
 const GROUP: u32 = 1;
 /// The filter of the one service.
 const FILTER: u32 = 0;
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
+pub(super) const SYN: u8 = 0x02;
+pub(super) const ACK: u8 = 0x10;
 /// What the program returns for a packet that leaves by the port that it came by, and for one that goes up.
-const XDP_PASS: u32 = 2;
-const XDP_TX: u32 = 3;
+pub(super) const XDP_PASS: u32 = 2;
+pub(super) const XDP_TX: u32 = 3;
 
 /// Measures everything with so many flows each, some of [`FLOWS`]. `runs` rounds of `packets` packets each.
 ///
@@ -87,7 +87,7 @@ fn clocks(harness: &Harness, runs: usize, packets: u32) -> Result<Vec<Line>> {
 }
 
 /// A program with a plan.
-struct Bed {
+pub(super) struct Bed {
     kernel: Kernel,
     engine: Engine,
     mode: Mode,
@@ -96,7 +96,8 @@ struct Bed {
 }
 
 impl Bed {
-    fn new(mode: Mode, v6: bool, in_transition: bool) -> Result<Bed> {
+    /// A service with 100 backends in that mode.
+    pub(super) fn new(mode: Mode, v6: bool, in_transition: bool) -> Result<Bed> {
         let sizes = Sizes { backends: 256, services: 64, flows: FLOWS[3], ..Sizes::default() };
         let kernel = Kernel::load(Hook::Xdp, sizes)?;
         let maps = Arc::clone(kernel.maps());
@@ -119,7 +120,7 @@ impl Bed {
     }
 
     /// Writes those of the flows numbered so that are remembered.
-    fn remember(&self, flows: Range<u32>) -> Result<()> {
+    pub(super) fn remember(&self, flows: Range<u32>) -> Result<()> {
         let maps = self.kernel.maps();
         let all = self.mode == Mode::Nat;
         if !all && !self.in_transition {
@@ -157,6 +158,11 @@ impl Bed {
         Ok(())
     }
 
+    /// The program.
+    pub(super) fn program(&self) -> Result<std::os::fd::BorrowedFd<'_>> {
+        Ok(self.kernel.program_fd()?)
+    }
+
     fn measure(&self, harness: &Harness, numbers: &[u32], runs: usize, packets: u32) -> Result<Vec<Line>> {
         let mut lines = Vec::new();
         let mode = match self.mode {
@@ -192,7 +198,8 @@ impl Bed {
     }
 }
 
-fn run(
+/// Has the harness call `program` for `packets` packets, each of which must become `expected`; nanoseconds a packet.
+pub(super) fn run(
     harness: &Harness,
     bench: &Bench,
     program: std::os::fd::BorrowedFd<'_>,
@@ -270,7 +277,7 @@ fn plan(mode: Mode, v6: bool, in_transition: bool) -> Plan {
 }
 
 /// A TCP segment of the first flow, 96 bytes long.
-fn packet(v6: bool, flags: u8) -> [u8; 96] {
+pub(super) fn packet(v6: bool, flags: u8) -> [u8; 96] {
     let mut frame = [0; 96];
     frame[..6].copy_from_slice(&OWN_MAC);
     frame[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);

@@ -107,7 +107,7 @@ pub fn page(lines: &[Line], command: &str) -> String {
          - `direct`: no machine in between. `nftables_dnat`: the same router with a `dnat` rule (connection tracking). \
          `haproxy_tcp`: HAProxy in TCP mode, two threads, `splice-auto`.\n\
          - `af_packet_*`, `tc_*`: a lane, by mode.\n\
-         - `tcp_bulk`: one connection, client to server. `udp_packets`: one flow of smallest frames, sent without any pacing, \
+         - `tcp_bulk`: one connection, client to server; `tcp_bulk_back`: server to client. `udp_packets`: one flow of smallest frames, sent without any pacing, \
          counted where they arrive. `tcp_connections`: 8 clients that connect, exchange a byte, and reset.\n\
          - `program_ns/*`: nanoseconds that the program of the `xdp` lane takes for a packet beyond an empty program that sends it back \
          (`empty_program`, itself not subtracted), by `BPF_PROG_TEST_RUN`: no driver, no sending. Established TCP to a service with 100 \
@@ -117,9 +117,14 @@ pub fn page(lines: &[Line], command: &str) -> String {
          - `wire_packets`: smallest TCP frames of 10 000 established flows from a generator in the kernel, over one veth pair and \
          back, generator and data path on one processor (the lane in user space has its thread beside it). `xdp_tx_reflector` only swaps \
          MAC addresses in the driver. Paths above the driver get their frames through an XDP program that passes them.\n\
+         - `syn_flood_ns`: the same for 10 000 established connections, without and with as many SYNs of 4 million clients between \
+         them, a thousand in turn. `syn_flood_memory`: what 2 million SYNs, each of another client, take in memory besides; full NAT \
+         remembers them as long as there is room for flows, and what was established before is there after.\n\
+         - `flow_memory`: what a million established connections take, in the process and in the program's maps; `nftables_dnat`: the \
+         kernel's own record of a connection (`/proc/slabinfo`) times a million.\n\
          - `plan_change`: from the call that installs a plan in which every one of 1 000 services with 100 backends each has another \
          table, to its being in force.\n\
-         - `cpu_at_rest`: processor time of the lanes' threads while a plan is in force, the lease is renewed and nothing is sent.\n\n\
+         - `cpu_at_rest`: processor time of the lane's threads while a plan is in force, the lease is renewed and nothing is sent.\n\n\
          {table}",
         machine = machine(),
         table = table(lines)

@@ -5,7 +5,7 @@
 //! runs on one processor, and so does whatever the kernel does with its frames; the lane in user space has a thread of its own.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use aya::{Ebpf, EbpfLoader};
 use komainu_lab::topology::{HostSpec, LinkSpec, RouteSpec};
 use komainu_lab::{Host, Lab, Topology};
 use komainu_packet::lane::af_packet::AfPacketConfig;
+use komainu_packet::lane::kernel::sys;
 use komainu_packet::lane::{LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Protocol};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -43,8 +44,6 @@ const FRAME: usize = 60;
 const BURST: u32 = 1 << 14;
 /// Sixteenths of a burst that every flow is warmed up with: of 10 000 flows 1 in 1000 is missed by 64 × 1024 frames.
 const WARM_UP: u32 = 64;
-/// Frames that the generator makes before it hands them over.
-const BATCH: u32 = 64;
 
 /// A data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +152,7 @@ impl Wire {
     /// The kernel refuses to generate, or nothing comes through.
     pub fn packets_per_second(&mut self, time: Duration) -> Result<f64> {
         let program: &Xdp = self.programs.program("generate").context("no generator")?.try_into()?;
-        let program = program.fd()?.as_fd().as_raw_fd();
+        let program = program.fd()?.as_fd();
         let interface = self.lab.host("gen").on(CABLE).index;
         let counted = || -> Result<u64> {
             let map = self.programs.map("counted").context("no counter")?;
@@ -184,7 +183,7 @@ impl Wire {
     }
 
     /// Every flow a few times, slowly enough for a lane that takes a flow's first packets up to user space.
-    fn warm_up(&self, program: i32, interface: u32) -> Result<()> {
+    fn warm_up(&self, program: BorrowedFd<'_>, interface: u32) -> Result<()> {
         self.lab.host("gen").run(|| {
             for _ in 0..WARM_UP {
                 burst(program, interface, BURST / 16)?;
@@ -280,67 +279,9 @@ fn sum(bytes: &[u8], start: u32) -> u16 {
     sum as u16
 }
 
-/// The part of `union bpf_attr` that `BPF_PROG_TEST_RUN` reads (bpf(2), `linux/bpf.h`).
-#[repr(C)]
-#[derive(Default)]
-struct TestRun {
-    prog_fd: u32,
-    retval: u32,
-    data_size_in: u32,
-    data_size_out: u32,
-    data_in: u64,
-    data_out: u64,
-    repeat: u32,
-    duration: u32,
-    ctx_size_in: u32,
-    ctx_size_out: u32,
-    ctx_in: u64,
-    ctx_out: u64,
-    flags: u32,
-    cpu: u32,
-    batch_size: u32,
-    padding: u32,
-}
-
-/// `struct xdp_md`.
-#[repr(C)]
-#[derive(Default)]
-struct XdpMd {
-    data: u32,
-    data_end: u32,
-    data_meta: u32,
-    ingress_ifindex: u32,
-    rx_queue_index: u32,
-    egress_ifindex: u32,
-}
-
-const BPF_PROG_TEST_RUN: libc::c_long = 10;
-const BPF_F_TEST_XDP_LIVE_FRAMES: u32 = 2;
-
 /// Has the kernel generate `frames` frames, as if they had come in by `interface`.
-#[allow(unsafe_code)]
-fn burst(program: i32, interface: u32, frames: u32) -> Result<()> {
-    let frame = [0u8; FRAME];
-    let context = XdpMd { data_end: FRAME as u32, ingress_ifindex: interface, ..XdpMd::default() };
-    let mut attr = TestRun {
-        prog_fd: program as u32,
-        data_size_in: FRAME as u32,
-        data_in: frame.as_ptr() as u64,
-        repeat: frames,
-        ctx_size_in: std::mem::size_of::<XdpMd>() as u32,
-        ctx_in: (&raw const context) as u64,
-        flags: BPF_F_TEST_XDP_LIVE_FRAMES,
-        batch_size: BATCH,
-        ..TestRun::default()
-    };
-    // SAFETY: `attr` has the layout that the command reads, of the size told; the pointers in it live until after the call.
-    let result = unsafe {
-        libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attr, std::mem::size_of::<TestRun>())
-    };
-    if result < 0 {
-        return Err(std::io::Error::last_os_error()).context("generate frames (needs Linux 5.18)");
-    }
-    Ok(())
+fn burst(program: BorrowedFd<'_>, interface: u32, frames: u32) -> Result<()> {
+    sys::run_live(program, &[0; FRAME], interface, frames).context("generate frames (needs Linux 5.18)")
 }
 
 #[cfg(test)]

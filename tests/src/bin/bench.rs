@@ -4,28 +4,34 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use komainu_packet::lane::SharedLane;
-use komainu_packet::lane::af_packet::DEFAULT_RING_SLOTS;
+use komainu_lab::{Lab, Standard};
+use komainu_packet::lane::LaneKind;
+use komainu_packet::lane::af_packet::{AfPacketConfig, DEFAULT_RING_SLOTS};
 use komainu_tests::bench::measure::Metric;
 use komainu_tests::bench::paths::{Stage, large_plan};
-use komainu_tests::bench::program;
 use komainu_tests::bench::report::{self, Line};
 use komainu_tests::bench::wire::{Way, Wire};
+use komainu_tests::bench::{flood, memory, program};
+use komainu_tests::lane::{self, Renewer};
 
 const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--runs N] [--ms N] [--slots N]
   --quick   3 runs of half a second each instead of 5 of one second
   --docs    also write docs/benchmarks.md
-  --only    one metric (program_ns, tcp_bulk, udp_packets, tcp_connections, wire_packets) or one line of the results;
-            writes nothing
+  --only    one metric (program_ns, syn_flood_ns, flow_memory, cpu_at_rest, tcp_bulk, tcp_bulk_back, udp_packets,
+            tcp_connections, wire_packets) or, from tcp_bulk on, one line of the results; writes nothing
   --runs    rounds
   --ms      milliseconds a run
   --slots   slots of each of the lane's receive rings";
 /// Services, and backends of each, of a large plan.
 const LARGE_PLAN: (u16, u16) = (1000, 100);
+/// Names of [`alone`] in the results.
+const PLAN_METRIC: &str = "plan_change";
+const REST_METRIC: &str = "cpu_at_rest";
 /// Name of [`wire_packets`] in the results.
 const WIRE_METRIC: &str = "wire_packets";
 /// Flows of the packets that the kernel generates.
@@ -42,7 +48,28 @@ struct Options {
     slots: usize,
 }
 
+impl Options {
+    /// Whether the lines that begin with `metric` are asked for.
+    fn wants(&self, metric: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| only == metric)
+    }
+}
+
 fn main() -> ExitCode {
+    // One case of the memory's measurement, in a process of its own.
+    let mut args = std::env::args().skip(1);
+    if let (Some("--memory-of"), Some(name)) = (args.next().as_deref(), args.next()) {
+        return match memory::measure_one(&name) {
+            Ok(mib) => {
+                println!("{mib}");
+                ExitCode::SUCCESS
+            }
+            Err(e) => {
+                eprintln!("{e:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     match options().and_then(|o| run(&o)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -54,23 +81,23 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<()> {
     let mut lines = Vec::new();
-    if options.only.as_deref().is_none_or(|only| only == program::METRIC) {
+    if options.wants(program::METRIC) {
         // Millions of flows take their time to be written down.
         let flows = if options.runs < 5 { &program::FLOWS[..2] } else { &program::FLOWS };
         lines = program::measure(flows, options.runs, program::packets_in(options.time / 4))?;
-        if options.only.is_some() {
-            print!("{}", report::table(&lines));
-            return Ok(());
-        }
     }
-    if options.only.as_deref().is_none_or(|only| !only.starts_with(WIRE_METRIC)) {
+    if options.wants(flood::METRIC) {
+        lines.extend(flood::measure(options.runs, program::packets_in(options.time / 4))?);
+    }
+    if options.wants(memory::METRIC) || options.wants(memory::FLOOD_METRIC) {
+        lines.extend(memory::measure(&std::env::current_exe()?)?);
+    }
+    if options.wants(PLAN_METRIC) || options.wants(REST_METRIC) {
+        lines.extend(alone(options)?);
+    }
+    if options.only.as_deref().is_none_or(|only| Metric::ALL.iter().any(|m| only.starts_with(m.name()))) {
         let stage = Stage::build(options.slots)?;
         lines.extend(end_to_end(&stage, options)?);
-        if options.only.is_none() {
-            let milliseconds = cpu_at_rest()?;
-            lines.push(Line::new("cpu_at_rest/lanes".into(), "ms/s", &[milliseconds], None));
-            lines.extend(plan_changes(&stage, options.runs)?);
-        }
         for lane in &stage.lanes {
             let (name, counters) = (lane.kind().as_str(), lane.counters());
             for (reason, n) in counters.drops.iter().filter(|(_, n)| *n > 0) {
@@ -79,7 +106,9 @@ fn run(options: &Options) -> Result<()> {
             lane.stop();
         }
     }
-    lines.extend(wire_packets(options)?);
+    if options.only.as_deref().is_none_or(|only| only.starts_with(WIRE_METRIC)) {
+        lines.extend(wire_packets(options)?);
+    }
     print!("{}", report::table(&lines));
     if options.only.is_none() {
         report::write_json(&lines, Path::new("target/bench/results.json"))?;
@@ -122,29 +151,37 @@ fn end_to_end(stage: &Stage, options: &Options) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-/// Milliseconds until a change of every one of many services is in force, by lane.
-fn plan_changes(stage: &Stage, runs: usize) -> Result<Vec<Line>> {
+/// What each lane takes by itself: processor time at rest, and the time until a change of every one of many services is in force.
+fn alone(options: &Options) -> Result<Vec<Line>> {
     let (services, backends) = LARGE_PLAN;
-    let mut values: Vec<Vec<f64>> = vec![Vec::new(); stage.lanes.len()];
-    let mut revision = 10;
-    for _ in 0..runs {
-        for (lane, values) in stage.lanes.iter().zip(&mut values) {
+    let (mut rest, mut changes) = (Vec::new(), Vec::new());
+    for kind in [LaneKind::AfPacket, LaneKind::Tc, LaneKind::Xdp] {
+        let topology =
+            Standard { service_backends: 1, inside_backends: 0, balancers: 1, ..Standard::default() };
+        let lab = Lab::build(&topology.topology())?;
+        let lane = lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", None))?;
+        lane.install(lane::dsr_plan(80))?;
+        let renewer = Renewer::start(Arc::clone(&lane));
+        rest.push(Line::new(format!("{REST_METRIC}/{}", kind.as_str()), "ms/s", &[cpu_at_rest()?], None));
+        drop(renewer);
+        let mut milliseconds = Vec::new();
+        for revision in 0..options.runs as u64 {
             // Every table is another one than before.
             for weight in [1, 2] {
-                revision += 1;
-                let plan = large_plan(revision, services, backends, weight);
+                let plan = large_plan(2 * revision + u64::from(weight) + 1, services, backends, weight);
                 let start = Instant::now();
                 lane.install(plan)?;
                 let took = start.elapsed();
                 if weight == 2 {
-                    values.push(took.as_secs_f64() * 1000.0);
+                    milliseconds.push(took.as_secs_f64() * 1000.0);
                 }
             }
         }
+        lane.stop();
+        changes.push(Line::new(format!("{PLAN_METRIC}/{}", kind.as_str()), "ms", &milliseconds, None));
     }
-    let full = |lane: &SharedLane| format!("plan_change/{}", lane.kind().as_str());
-    let line = |(lane, values): (&SharedLane, &Vec<f64>)| Line::new(full(lane), "ms", values, None);
-    Ok(stage.lanes.iter().zip(&values).map(line).collect())
+    rest.extend(changes);
+    Ok(rest)
 }
 
 /// Packets per second through each data path, from a generator in the kernel.

@@ -121,6 +121,7 @@ impl Server {
         let listens = self.listens.clone();
         let shared = self.shared.clone();
         let thread = self.host.spawn(&shared.name.clone(), move || {
+            super::promptly();
             let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => runtime,
                 Err(e) => {

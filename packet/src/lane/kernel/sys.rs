@@ -276,6 +276,56 @@ pub fn test_run(
     Ok(Ran { action: a.retval, frame: out, ns: a.duration })
 }
 
+/// `struct xdp_md`.
+#[repr(C)]
+struct XdpMd {
+    data: u32,
+    data_end: u32,
+    data_meta: u32,
+    ingress_ifindex: u32,
+    rx_queue_index: u32,
+    egress_ifindex: u32,
+}
+
+const TEST_XDP_LIVE_FRAMES: u32 = 2;
+/// Frames that the kernel makes before it hands them over.
+const LIVE_BATCH: u32 = 64;
+
+/// Has the kernel make `frames` copies of `frame` and treat them by what the XDP program says of each, as if they had come in by
+/// `interface` (`BPF_F_TEST_XDP_LIVE_FRAMES`, Linux 5.18).
+///
+/// # Errors
+/// As bpf(2).
+pub fn run_live(program: BorrowedFd<'_>, frame: &[u8], interface: u32, frames: u32) -> io::Result<()> {
+    let context = XdpMd {
+        data: 0,
+        data_end: frame.len() as u32,
+        data_meta: 0,
+        ingress_ifindex: interface,
+        rx_queue_index: 0,
+        egress_ifindex: 0,
+    };
+    let mut a = TestRun {
+        prog_fd: fd(program),
+        retval: 0,
+        data_size_in: frame.len() as u32,
+        data_size_out: 0,
+        data_in: frame.as_ptr() as u64,
+        data_out: 0,
+        repeat: frames,
+        duration: 0,
+        ctx_size_in: size_of::<XdpMd>() as u32,
+        ctx_size_out: 0,
+        ctx_in: address(&context),
+        ctx_out: 0,
+        flags: TEST_XDP_LIVE_FRAMES,
+        cpu: 0,
+        batch_size: LIVE_BATCH,
+        _pad: 0,
+    };
+    bpf(PROG_TEST_RUN, &mut a).map(drop)
+}
+
 fn fd(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd() as u32
 }
