@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 use komainu_packet::lane::kernel::abi::Bench;
-use komainu_packet::lane::kernel::program::Harness;
+use komainu_packet::lane::kernel::harness::Harness;
 use komainu_packet::plan::Mode;
 
 use super::program::{ACK, Bed, FLOWS, SYN, XDP_PASS, XDP_TX, packet, run};
