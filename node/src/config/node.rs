@@ -357,13 +357,14 @@ fn address_of_a_node(section: &Section<'_>, key: &str, address: SocketAddr) {
 fn timing(root: &mut Section<'_>) -> Option<Timing> {
     let Some(mut section) = root.section("timing") else { return Some(Timing::default()) };
     let before = section.mistakes();
-    let profile: String = section.or("profile", Profile::Default.as_str().to_owned())?;
-    let Some(profile) = Profile::ALL.into_iter().find(|p| p.as_str() == profile) else {
+    let written = section.or("profile", Profile::Default.as_str().to_owned());
+    let profile = written.and_then(|written| Profile::ALL.into_iter().find(|p| p.as_str() == written));
+    if profile.is_none() && section.mistakes() == before {
         let known = Profile::ALL.map(|p| format!("\"{}\"", p.as_str())).join(" or ");
         section.wrong("profile", "is no profile", format!("write {known}"));
-        return None;
-    };
-    let default = profile.timing();
+    }
+    // The other durations are read also under a profile that doesn't exist, so that all mistakes are told at once.
+    let default = profile.unwrap_or(Profile::Default).timing();
     let beat = millis(&mut section, "beat_ms", default.beat);
     let lease = millis(&mut section, "lease_ms", default.lease);
     let grace = millis(&mut section, "grace_ms", default.grace);

@@ -186,7 +186,7 @@ const MISTAKES: &[Row] = &[
         "profile = \"quick\"",
         17,
         "timing.profile",
-        "quick",
+        "\"quick\"",
         "no profile",
         "\"default\" or \"fast\"",
     ),
