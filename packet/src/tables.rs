@@ -40,6 +40,7 @@ pub struct PlanError {
 pub struct Tables {
     revision: u64,
     services: Vec<Service>,
+    by_id: FastMap<u32, u16>,
     by_vip: FastMap<(IpAddr, u16, Protocol), u16>,
     by_backend: FastMap<(IpAddr, u16, Protocol), (u16, u16)>,
     transparent: FastMap<IpAddr, ()>,
@@ -250,6 +251,11 @@ impl Tables {
         &self.services
     }
 
+    /// Index of the service with that id.
+    pub fn index_of(&self, service: u32) -> Option<u16> {
+        self.by_id.get(&service).copied()
+    }
+
     /// Index of the service at an address.
     #[inline]
     pub fn service_at(&self, vip: IpAddr, port: u16, protocol: Protocol) -> Option<u16> {
@@ -371,6 +377,7 @@ impl Tables {
 
         let stateful = matches!(plan.scheduler, Scheduler::RoundRobin | Scheduler::LeastConn);
         let tracked_udp = plan.protocol == Protocol::Udp && plan.track_udp;
+        self.by_id.insert(plan.id, self.services.len() as u16);
         self.services.push(Service {
             id: plan.id,
             group: plan.group,

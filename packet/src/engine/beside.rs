@@ -13,6 +13,7 @@ use crate::time::BootTime;
 use super::Engine;
 use super::core::Core;
 use super::sketch::Sketch;
+use super::state::States;
 
 /// A lane's own copy of the remembered flows, all calls from the engine's thread.
 pub trait FlowCache: Send {
@@ -74,10 +75,17 @@ impl Core {
         {
             cache.change(flow);
         }
+        self.tell_touched(id, &touched);
     }
 
     /// Notes a flow that was just remembered.
     pub(crate) fn noted(&mut self, id: FlowId) {
+        self.learn(id);
+        self.tell_noted(id);
+    }
+
+    /// Notes a flow that was just remembered, and tells nobody.
+    pub(crate) fn learn(&mut self, id: FlowId) {
         let flow = self.flows.get(id);
         self.states.remembered(flow);
         if let Some(cache) = &mut self.cache {
@@ -90,6 +98,12 @@ impl Core {
 
     /// Notes a flow that was just forgotten.
     pub(crate) fn gone(&mut self, flow: &Flow) {
+        self.tell_gone(flow);
+        self.unlearn(flow);
+    }
+
+    /// Notes a flow that was just forgotten, and tells nobody.
+    pub(crate) fn unlearn(&mut self, flow: &Flow) {
         self.states.forgotten(flow);
         if let Some(cache) = &mut self.cache {
             cache.forget(flow, self.states.flow_hash(flow));
@@ -99,12 +113,29 @@ impl Core {
         }
     }
 
-    /// Forgets the next flow that has idled out, the cache's word included.
-    pub(crate) fn expire(&mut self, now: BootTime, budget: &mut usize) -> Option<Flow> {
-        let cache = &mut self.cache;
-        self.flows.expire(now, budget, |flow| match cache {
-            Some(cache) if flow.is_steady() => cache.last_seen(flow),
-            _ => None,
+    /// Forgets the next flow that has idled out, the cache's word included. A flow that was taken over from another node does
+    /// not age before this node owns its group, which `owns` tells by the service's number, and then has its idle time from
+    /// when that was noticed.
+    pub(crate) fn expire(
+        &mut self,
+        now: BootTime,
+        budget: &mut usize,
+        owns: impl Fn(&States, u32) -> Option<bool>,
+    ) -> Option<Flow> {
+        let (cache, states) = (&mut self.cache, &self.states);
+        self.flows.expire(now, budget, |flow| {
+            if flow.mark() != 0
+                && let Some(owned) = owns(states, flow.service())
+            {
+                if owned {
+                    flow.own();
+                }
+                return Some(now);
+            }
+            match cache {
+                Some(cache) if flow.is_steady() => cache.last_seen(flow),
+                _ => None,
+            }
         })
     }
 }

@@ -29,6 +29,7 @@ use super::counters::{Event, Tally};
 use super::fragment::Fragments;
 use super::frame::{Fence, FrameMut, Gso, Permission, Port, PortConfig, Verdict};
 use super::limit::Limit;
+use super::share::FlowOutbox;
 use super::state::States;
 use super::{Claim, EngineConfig};
 
@@ -48,6 +49,7 @@ pub(crate) struct Core {
     pub(crate) reply: Vec<u8>,
     pub(crate) claims: VecDeque<Claim>,
     pub(crate) cache: Option<Box<dyn FlowCache>>,
+    pub(crate) outbox: Option<Box<dyn FlowOutbox>>,
 }
 
 /// What is the same for every step of one frame.
@@ -126,6 +128,7 @@ impl Core {
             reply: Vec::with_capacity(super::answer::REPLY_CAPACITY),
             claims: VecDeque::with_capacity(super::MAX_CLAIMS),
             cache: None,
+            outbox: None,
         }
     }
 

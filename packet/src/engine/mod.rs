@@ -21,6 +21,7 @@ mod nat;
 mod report;
 mod rewrite;
 mod select;
+mod share;
 mod sketch;
 mod state;
 
@@ -34,6 +35,7 @@ pub use self::beside::{FlowCache, Passed, REGISTERS, Windows};
 pub use self::counters::Event;
 pub use self::frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
 pub use self::nat::{SNAT_PORT_MAX, SNAT_PORT_MIN};
+pub use self::share::{Adopted, FlowName, FlowNews, FlowOutbox, FlowRecord, SHARE_BUDGET};
 
 use self::core::{Core, Cx};
 use crate::drops::Reason;
@@ -191,7 +193,12 @@ impl Engine {
     /// Forgets what has idled out. Bounded work; call again while [`Engine::next_deadline`] is not after `now`.
     pub fn tick(&mut self, now: BootTime) {
         let mut budget = TICK_BUDGET;
-        while let Some(flow) = self.core.expire(now, &mut budget) {
+        let (tables, leases) = (&self.tables, &self.leases);
+        // A flow whose service is in no plan concerns nobody.
+        let owns = |states: &state::States, service| {
+            share::group_of(states, tables, service).map(|group| leases.get(group).may_forward(now))
+        };
+        while let Some(flow) = self.core.expire(now, &mut budget, owns) {
             self.core.gone(&flow);
         }
     }

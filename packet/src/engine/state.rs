@@ -109,6 +109,16 @@ impl States {
         hash::flow(HASH_SEED, client, client_port, vip, port, protocol.number())
     }
 
+    /// Id of the service whose state has that number.
+    pub(crate) fn service_id(&self, number: u32) -> u32 {
+        self.services[number as usize].identity.0
+    }
+
+    /// Id of the backend whose state has that number.
+    pub(crate) fn backend_id(&self, number: u32) -> u32 {
+        self.backends[number as usize].identity.1
+    }
+
     /// A flow is remembered.
     pub(crate) fn remembered(&mut self, flow: &Flow) {
         self.services[flow.service() as usize].remembered += 1;

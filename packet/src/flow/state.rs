@@ -17,6 +17,8 @@
 
 use std::time::Duration;
 
+use crate::plan::Protocol;
+
 /// Idle time of a flow of which only the SYN was seen. Longer than the pause before the fourth retransmission of a SYN
 /// (1 + 2 + 4 + 8 s, RFC 6298 §5), after which most clients have given up.
 pub const SYN_SENT_IDLE: Duration = Duration::from_secs(30);
@@ -196,6 +198,45 @@ impl Progress {
     pub(crate) fn reopens(&self) -> bool {
         matches!(self.state, State::Closing | State::Closed)
     }
+
+    /// All of it but what follows from the service, in a byte that means the same to every node.
+    pub(crate) fn to_bits(self) -> u8 {
+        let state = match self.state {
+            State::SynSent => 0,
+            State::Established => 1,
+            State::Closing => 2,
+            State::Closed => 3,
+            State::Udp => 4,
+        };
+        state
+            | u8::from(self.client_fin) << 3
+            | u8::from(self.backend_fin) << 4
+            | u8::from(self.answered) << 5
+            | u8::from(self.assured) << 6
+    }
+
+    /// What [`Progress::to_bits`] has made, for a flow of `protocol`. `None`: it has made no such thing.
+    pub(crate) fn from_bits(bits: u8, two_way: bool, protocol: Protocol) -> Option<Progress> {
+        let state = match (bits & 7, protocol) {
+            (0, Protocol::Tcp) => State::SynSent,
+            (1, Protocol::Tcp) => State::Established,
+            (2, Protocol::Tcp) => State::Closing,
+            (3, Protocol::Tcp) => State::Closed,
+            (4, Protocol::Udp) => State::Udp,
+            _ => return None,
+        };
+        let bit = |n: u8| bits >> n & 1 != 0;
+        let settled = matches!(state, State::Established | State::Udp);
+        let sound = bits >> 7 == 0 && (!bit(6) || settled);
+        sound.then_some(Progress {
+            state,
+            assured: bit(6),
+            client_fin: bit(3),
+            backend_fin: bit(4),
+            two_way,
+            answered: bit(5),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -250,6 +291,29 @@ mod tests {
                     progress.advance(segment, direction);
                     assert_eq!(Some(&progress.state), column.next(), "{state:?} {segment:?} {direction:?}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_byte_holds_all_of_it() {
+        for two_way in [false, true] {
+            for first in [Segment::Syn, Segment::Tcp, Segment::Fin, Segment::Rst] {
+                for then in [Segment::Syn, Segment::Tcp, Segment::Fin, Segment::Rst] {
+                    for direction in [ToBackend, ToClient] {
+                        let progress = after(first, two_way, &[(then, direction), (Segment::Tcp, ToBackend)]);
+                        let bits = progress.to_bits();
+                        assert_eq!(Progress::from_bits(bits, two_way, Protocol::Tcp), Some(progress));
+                        assert_eq!(Progress::from_bits(bits, two_way, Protocol::Udp), None);
+                    }
+                }
+            }
+        }
+        let udp = after(Segment::Udp, false, &[(Segment::Udp, ToBackend)]);
+        assert_eq!(Progress::from_bits(udp.to_bits(), false, Protocol::Udp), Some(udp));
+        for bits in 0..=255 {
+            if let Some(progress) = Progress::from_bits(bits, true, Protocol::Tcp) {
+                assert_eq!(progress.to_bits(), bits);
             }
         }
     }

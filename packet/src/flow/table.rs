@@ -87,9 +87,38 @@ pub struct Flow {
     /// Links in the list of unassured flows, oldest first.
     older: u32,
     newer: u32,
+    /// See [`Flow::mark`].
+    mark: u32,
+    /// Others were told of it, and not yet that it has ended.
+    told: bool,
 }
 
 impl Flow {
+    /// By which sending of another node it was taken over from there; 0: it is this node's own.
+    pub fn mark(&self) -> u32 {
+        self.mark
+    }
+
+    /// Whether others were told of it, and not yet that it has ended.
+    pub fn is_told(&self) -> bool {
+        self.told
+    }
+
+    /// Whether its other side was heard ([module documentation](crate::flow::State)).
+    pub fn is_assured(&self) -> bool {
+        self.progress.assured
+    }
+
+    /// All of its state in a byte that means the same to every node.
+    pub fn progress_bits(&self) -> u8 {
+        self.progress.to_bits()
+    }
+
+    /// From now on it is this node's own.
+    pub fn own(&mut self) {
+        self.mark = 0;
+    }
+
     /// Its name on the client's side.
     pub fn client_side(&self) -> ClientSide {
         ClientSide { service: self.service, client: narrow(self.client), client_port: self.client_port }
@@ -167,6 +196,18 @@ impl Touched {
     #[inline]
     pub fn changes_steadiness(&self) -> bool {
         self.before != self.after && self.before.is_steady() != self.after.is_steady()
+    }
+
+    /// Whether the flow has become assured.
+    #[inline]
+    pub fn assures(&self) -> bool {
+        self.after.assured && !self.before.assured
+    }
+
+    /// Whether the flow has ended.
+    #[inline]
+    pub fn ends(&self) -> bool {
+        self.after.state == State::Closed && self.before.state != State::Closed
     }
 }
 
@@ -328,11 +369,17 @@ impl FlowTable {
             wheel: Links::UNLINKED,
             older: NONE,
             newer: NONE,
+            mark: 0,
+            told: false,
         };
         flow.set_idle(new.idle);
+        Ok(Inserted { id: self.place(flow), evicted })
+    }
+
+    /// Puts a flow in, for which there is room.
+    fn place(&mut self, flow: Flow) -> FlowId {
         let (client_hash, backend_hash) = self.hashes(&flow);
         let (deadline_ns, assured) = (flow.deadline_ns(), flow.progress.assured);
-
         let entry = match self.entries.free.pop() {
             Some(entry) => {
                 self.entries.slots[entry as usize] = Some(flow);
@@ -352,7 +399,7 @@ impl FlowTable {
             self.push_unassured(entry);
         }
         self.len += 1;
-        Ok(Inserted { id: FlowId(entry), evicted })
+        FlowId(entry)
     }
 
     /// Takes note of a packet of a flow; returns what it did. `idle` is the service's idle time for its
@@ -405,7 +452,7 @@ impl FlowTable {
         &mut self,
         now: BootTime,
         budget: &mut usize,
-        mut seen: impl FnMut(&Flow) -> Option<BootTime>,
+        mut seen: impl FnMut(&mut Flow) -> Option<BootTime>,
     ) -> Option<Flow> {
         if self.len == 0 {
             self.wheel.skip_to(now.0);
@@ -530,5 +577,6 @@ fn fold(a: u64, b: u64) -> u64 {
     (product >> 64) as u64 ^ product as u64
 }
 
+mod adopt;
 #[cfg(test)]
 mod tests;

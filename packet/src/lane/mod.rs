@@ -11,8 +11,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::af_packet::News;
 use self::af_packet::{AfPacketConfig, AfPacketLane, Finding};
 use self::kernel::{Choice, Hook, KernelLane};
+use crate::engine::{Adopted, FlowNews, FlowRecord};
 use crate::lease::Lease;
 use crate::plan::{Plan, Protocol};
 
@@ -88,9 +90,36 @@ pub trait Lane: Send + Sync {
         Vec::new()
     }
 
+    /// How its remembered flows are exchanged with other nodes; `None`: not at all.
+    fn sharing(&self) -> Option<&dyn FlowSharing> {
+        None
+    }
+
     /// Stops forwarding and announcing and gives everything back. Idempotent; returns when threads have ended.
     fn stop(&self);
 }
+
+/// Remembered flows on their way to and from other nodes. All methods may be called from any thread; those that answer an
+/// `Option` ask the lane's thread, and `None` says that it gave no answer in time.
+pub trait FlowSharing: Send + Sync {
+    /// What happens to this node's flows. One taker.
+    fn news(&self) -> &News;
+
+    /// Flows of `groups` that others should know, from a place of the table on (0: its beginning), and where to go on; no
+    /// place: that was all. What happens meanwhile is told as news.
+    fn shared(&self, groups: Arc<[u32]>, from: usize) -> Option<(Vec<FlowRecord>, Option<usize>)>;
+
+    /// Takes over what another node tells, at most [`MAX_ADOPTED`] at a time, under the `mark` of its sending, which is not 0.
+    /// Where this node has a lease, what it knows itself stays.
+    fn adopt(&self, news: Vec<FlowNews>, mark: u32) -> Option<Adopted>;
+
+    /// Forgets flows of `groups` that did not come with the sending of that `mark`, from a place of the table on, except where
+    /// this node has a lease. Where to go on; no place: that was all.
+    fn sweep(&self, groups: Arc<[u32]>, mark: u32, from: usize) -> Option<Option<usize>>;
+}
+
+/// News that are taken over in one go: some tens of microseconds, so that no frame waits long.
+pub const MAX_ADOPTED: usize = 256;
 
 /// Where a lane can't do what it was asked to.
 #[derive(Debug, thiserror::Error)]

@@ -9,6 +9,7 @@ mod icmp;
 mod limits;
 mod modes;
 mod robust;
+mod share;
 mod world;
 
 use world::*;

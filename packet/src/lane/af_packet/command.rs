@@ -10,6 +10,7 @@ use crossbeam_channel::Sender;
 use nix::sys::eventfd::EventFd;
 
 use super::filter::Interest;
+use super::share::Share;
 use crate::lane::{Counters, FlowFilter, FlowInfo, LaneError, Trace};
 use crate::lease::LeaseBoard;
 use crate::plan::MAX_GROUPS;
@@ -38,6 +39,8 @@ pub enum Command {
     Flows(FlowFilter, usize, Sender<Vec<FlowInfo>>),
     /// Where would a flow go?
     Trace(u32, SocketAddr, Sender<Option<Trace>>),
+    /// Exchange flows with other nodes.
+    Share(Share),
 }
 
 /// What the lane's handle and its thread both hold.

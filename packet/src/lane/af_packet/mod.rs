@@ -13,6 +13,7 @@
 //! | `membership` | solicited-node groups |
 //! | `below` | a program in the kernel that handles most frames before they reach this lane |
 //! | `command`, `run` | the engine's thread and how others talk to it |
+//! | `share` | flows that are shared with other nodes |
 //! | `check` | is the machine fit? |
 //!
 //! **What can't be fenced.** The lease is compared with the clock for every frame right before the system call that sends it.
@@ -31,6 +32,7 @@ mod offload;
 mod park;
 mod ring;
 mod run;
+mod share;
 mod socket;
 pub(crate) mod sys;
 
@@ -47,10 +49,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub(crate) use check::has_capability;
 pub use check::{Finding, Severity};
 pub use offload::Offloads;
+pub use share::News;
 
-use super::{Counters, FlowFilter, FlowInfo, Lane, LaneError, LaneKind, LinkInfo, Trace};
+use super::{Counters, FlowFilter, FlowInfo, FlowSharing, Lane, LaneError, LaneKind, LinkInfo, Trace};
 use crate::engine::{
-    self, DEFAULT_MAX_FLOWS, DEFAULT_NEW_FLOWS_PER_SECOND, Engine, EngineConfig, FlowCache, Port,
+    self, Adopted, DEFAULT_MAX_FLOWS, DEFAULT_NEW_FLOWS_PER_SECOND, Engine, EngineConfig, FlowCache, FlowNews,
+    FlowRecord, Port,
 };
 use crate::lease::{Lease, LeaseBoard};
 use crate::netlink::{self, Watch};
@@ -62,6 +66,7 @@ use below::Below;
 use command::{Command, MAX_COMMANDS, Shared};
 use filter::Interest;
 use run::Worker;
+use share::Share;
 use socket::Place;
 
 /// Ring slots of a lane that was told nothing else, for each interface: 34 MB. At 200 000 frames a second it bridges 2.5 ms
@@ -119,6 +124,7 @@ pub struct AfPacketLane {
     /// Tables in force; held locked while others are being put in force, so that plans take turns.
     tables: Mutex<Arc<Tables>>,
     last_counters: Mutex<Counters>,
+    news: News,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -174,7 +180,9 @@ impl AfPacketLane {
         let Parts { leases, below, cache } = below(&net)?;
         let shared = Arc::new(Shared::new(wake, leases));
         let (commands, receiver) = bounded(MAX_COMMANDS);
-        let worker = worker(&config, &shared, receiver, &net, below, cache)?;
+        let mut worker = worker(&config, &shared, receiver, &net, below, cache)?;
+        let (news, outbox) = News::new().map_err(system("make an event descriptor"))?;
+        worker.engine.set_outbox(outbox);
         let thread = std::thread::Builder::new()
             .name("komainu-lane".to_owned())
             .spawn(move || worker.run())
@@ -187,6 +195,7 @@ impl AfPacketLane {
             watch,
             tables: Mutex::default(),
             last_counters: Mutex::default(),
+            news,
             thread: Mutex::new(Some(thread)),
         })
     }
@@ -374,6 +383,10 @@ impl Lane for AfPacketLane {
         }
     }
 
+    fn sharing(&self) -> Option<&dyn FlowSharing> {
+        Some(self)
+    }
+
     fn gateways(&self) -> Vec<IpAddr> {
         self.net.snapshot().default_gateways(&self.config.service)
     }
@@ -386,6 +399,24 @@ impl Lane for AfPacketLane {
             let _ = thread.join();
         }
         self.watch.stop();
+    }
+}
+
+impl FlowSharing for AfPacketLane {
+    fn news(&self) -> &News {
+        &self.news
+    }
+
+    fn shared(&self, groups: Arc<[u32]>, from: usize) -> Option<(Vec<FlowRecord>, Option<usize>)> {
+        self.ask(|answer| Command::Share(Share::Shared(groups, from, answer)))
+    }
+
+    fn adopt(&self, news: Vec<FlowNews>, mark: u32) -> Option<Adopted> {
+        self.ask(|answer| Command::Share(Share::Adopt(news, mark, answer)))
+    }
+
+    fn sweep(&self, groups: Arc<[u32]>, mark: u32, from: usize) -> Option<Option<usize>> {
+        self.ask(|answer| Command::Share(Share::Sweep(groups, mark, from, answer)))
     }
 }
 

@@ -173,6 +173,7 @@ impl Worker {
             Command::Trace(service, client, answer) => {
                 let _ = answer.send(self.engine.trace(service, client, now));
             }
+            Command::Share(share) => share.carry_out(&mut self.engine, now),
         }
     }
 

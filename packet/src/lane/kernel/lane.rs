@@ -10,7 +10,7 @@ use super::program::{Hook, Kernel, Sizes};
 use super::sync::Sync;
 use super::tap::Tap;
 use crate::lane::af_packet::{AfPacketConfig, AfPacketLane, Finding, Parts, Severity};
-use crate::lane::{Counters, FlowFilter, FlowInfo, Lane, LaneError, LaneKind, LinkInfo, Trace};
+use crate::lane::{Counters, FlowFilter, FlowInfo, FlowSharing, Lane, LaneError, LaneKind, LinkInfo, Trace};
 use crate::lease::{Lease, LeaseBoard};
 use crate::plan::Plan;
 
@@ -123,6 +123,10 @@ impl Lane for KernelLane {
 
     fn forwarding(&self) -> Result<(), String> {
         self.above.forwarding()
+    }
+
+    fn sharing(&self) -> Option<&dyn FlowSharing> {
+        self.above.sharing()
     }
 
     fn gateways(&self) -> Vec<IpAddr> {

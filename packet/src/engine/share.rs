@@ -1,0 +1,283 @@
+//! Flows that are shared with other nodes: news of one's own, and those that are taken over.
+//!
+//! Only what the tables can't tell is remembered, so what is remembered is what another node must be told. News of a flow are
+//! two: that it is known (once its other side was heard: a flood of SYNs is no news), and that it is gone (it has ended, or is
+//! forgotten). Taken-over flows wait in the table like any other, so that a node that becomes the owner has nothing to do;
+//! while another node owns the group they don't age, because their packets pass there and it says when they are gone.
+
+use std::net::SocketAddr;
+
+use crate::flow::{BackendSide, ClientSide, Flow, FlowId, NewFlow, Touched};
+use crate::plan::Mode;
+use crate::tables::Tables;
+use crate::time::BootTime;
+
+use super::Engine;
+use super::core::Core;
+use super::state::States;
+
+/// What names a flow to every node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowName {
+    /// Service id.
+    pub service: u32,
+    /// Client's address and port.
+    pub client: SocketAddr,
+}
+
+/// A remembered flow in terms that every node with the same plan understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowRecord {
+    /// Its name.
+    pub name: FlowName,
+    /// Backend id.
+    pub backend: u32,
+    /// SNAT address and port (`nat` only).
+    pub snat: Option<SocketAddr>,
+    /// Its state ([`Flow::progress_bits`]).
+    pub progress: u8,
+}
+
+/// What happened to a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FlowNews {
+    /// It is remembered, like this.
+    Known(FlowRecord),
+    /// It has ended or is forgotten.
+    Gone(FlowName),
+}
+
+/// Where the engine tells news of flows; all calls from the engine's thread. Must not wait.
+pub trait FlowOutbox: Send {
+    /// Something happened to a flow of this node.
+    fn tell(&mut self, news: FlowNews);
+}
+
+/// What became of flows of another node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Adopted {
+    /// Remembered or forgotten as told.
+    pub taken: u32,
+    /// Not: this node owns the group and knows better, or the plan in force has no such service, backend or SNAT address.
+    pub refused: u32,
+    /// Not: the flow table is full.
+    pub full: u32,
+}
+
+/// Places of the flow table that one [`Engine::shared`] or [`Engine::sweep`] looks at: some tens of microseconds.
+pub const SHARE_BUDGET: usize = 1000;
+
+enum Adoption {
+    Taken,
+    Refused,
+    Full,
+}
+
+impl Core {
+    /// Tells others what a packet did to a flow, if it is news.
+    #[inline]
+    pub(super) fn tell_touched(&mut self, id: FlowId, touched: &Touched) {
+        if !(touched.assures() || touched.ends()) {
+            return;
+        }
+        let Some(outbox) = &mut self.outbox else { return };
+        let flow = self.flows.get(id);
+        if touched.assures() {
+            outbox.tell(FlowNews::Known(record(&self.states, flow)));
+        } else if flow.is_told() {
+            outbox.tell(FlowNews::Gone(name(&self.states, flow)));
+        }
+        self.flows.set_told(id, touched.assures());
+    }
+
+    /// Tells others of a flow that is remembered in a state in which they should know it.
+    pub(super) fn tell_noted(&mut self, id: FlowId) {
+        let Some(outbox) = &mut self.outbox else { return };
+        let flow = self.flows.get(id);
+        if flow.is_assured() && !flow.is_told() {
+            outbox.tell(FlowNews::Known(record(&self.states, flow)));
+            self.flows.set_told(id, true);
+        }
+    }
+
+    /// Tells others that a flow is forgotten.
+    pub(super) fn tell_gone(&mut self, flow: &Flow) {
+        if let Some(outbox) = &mut self.outbox
+            && flow.is_told()
+        {
+            outbox.tell(FlowNews::Gone(name(&self.states, flow)));
+        }
+    }
+}
+
+impl Engine {
+    /// Tells `outbox` of flows from now on. To be called before the first frame.
+    pub fn set_outbox(&mut self, outbox: Box<dyn FlowOutbox>) {
+        self.core.outbox = Some(outbox);
+    }
+
+    /// Flows of `groups` that others should know, from place `from` of the table on, appended to `into`; bounded work. Where to
+    /// go on; `None` at the end.
+    pub fn shared(&self, groups: &[u32], from: usize, into: &mut Vec<FlowRecord>) -> Option<usize> {
+        let to = from + SHARE_BUDGET;
+        let flows = self.core.flows.at(from, to).filter(|(_, flow)| {
+            flow.is_told() && self.group_of(flow).is_some_and(|group| groups.contains(&group))
+        });
+        into.extend(flows.map(|(_, flow)| record(&self.core.states, flow)));
+        (to < self.core.flows.places()).then_some(to)
+    }
+
+    /// Takes over what another node tells of its flows, under the `mark` of its sending, which is not 0. Where this node has a
+    /// lease itself, what it knows stays.
+    pub fn adopt(&mut self, news: &[FlowNews], mark: u32, now: BootTime) -> Adopted {
+        let mut adopted = Adopted::default();
+        for news in news {
+            let adoption = match news {
+                FlowNews::Known(record) => self.adopt_one(record, mark, now),
+                FlowNews::Gone(name) => self.give_up(name, now),
+            };
+            match adoption {
+                Adoption::Taken => adopted.taken += 1,
+                Adoption::Refused => adopted.refused += 1,
+                Adoption::Full => adopted.full += 1,
+            }
+        }
+        adopted
+    }
+
+    /// Forgets flows of `groups` that did not come with the sending of that `mark`, from place `from` of the table on, except
+    /// where this node has a lease; bounded work. Where to go on; `None` at the end.
+    pub fn sweep(&mut self, groups: &[u32], mark: u32, from: usize, now: BootTime) -> Option<usize> {
+        let to = from + SHARE_BUDGET;
+        let stale = self.core.flows.at(from, to).filter(|(_, flow)| {
+            flow.mark() != mark
+                && self
+                    .group_of(flow)
+                    .is_some_and(|group| groups.contains(&group) && !self.may_forward(group, now))
+        });
+        let stale: Vec<FlowId> = stale.map(|(id, _)| id).collect();
+        for id in stale {
+            self.drop_adopted(id);
+        }
+        (to < self.core.flows.places()).then_some(to)
+    }
+
+    fn group_of(&self, flow: &Flow) -> Option<u32> {
+        group_of(&self.core.states, &self.tables, flow.service())
+    }
+
+    fn may_forward(&self, group: u32, now: BootTime) -> bool {
+        self.leases.get(group).may_forward(now)
+    }
+
+    fn adopt_one(&mut self, record: &FlowRecord, mark: u32, now: BootTime) -> Adoption {
+        let Some(index) = self.tables.index_of(record.name.service) else { return Adoption::Refused };
+        let service = &self.tables.services()[usize::from(index)];
+        let Some(place) = service.backends.iter().position(|b| b.id == record.backend) else {
+            return Adoption::Refused;
+        };
+        let backend = &service.backends[place];
+        let client = record.name.client;
+        let backend_side = match (service.mode, record.snat) {
+            (Mode::Nat, Some(snat)) if service.snat.contains(&snat.ip()) => Some(BackendSide {
+                protocol: service.protocol.number(),
+                backend: backend.address,
+                backend_port: backend.port,
+                snat: snat.ip(),
+                snat_port: snat.port(),
+            }),
+            (Mode::Dsr | Mode::NatTransparent, None) => None,
+            _ => return Adoption::Refused,
+        };
+        if client.is_ipv6() != service.vip.is_ipv6() {
+            return Adoption::Refused;
+        }
+        let (protocol, idle) = (service.protocol, service.idle);
+        let leased = self.may_forward(service.group, now);
+        let core = &mut self.core;
+        let new = NewFlow {
+            client_side: ClientSide {
+                service: core.states.number(index),
+                client: client.ip(),
+                client_port: client.port(),
+            },
+            backend_side,
+            backend: core.states.backend_number(index, place as u16),
+            first: crate::flow::Segment::Tcp,
+            idle,
+        };
+        if let Some(id) = core.flows.find(&new.client_side) {
+            if core.flows.get(id).is_like(&new, record.progress) {
+                core.flows.set_mark(id, mark);
+                return Adoption::Taken;
+            }
+            if leased {
+                return Adoption::Refused;
+            }
+            self.drop_adopted(id);
+        }
+        if let Some(other) = backend_side.and_then(|bound| self.core.flows.find_answered(&bound)) {
+            if leased {
+                return Adoption::Refused;
+            }
+            self.drop_adopted(other);
+        }
+        let core = &mut self.core;
+        let inserted = match core.flows.adopt(new, protocol, record.progress, mark, now) {
+            Ok(Some(inserted)) => inserted,
+            Ok(None) => return Adoption::Refused,
+            Err(_) => return Adoption::Full,
+        };
+        if let Some(evicted) = &inserted.evicted {
+            core.gone(evicted);
+            core.tally.event(super::Event::FlowEvicted);
+        }
+        core.learn(inserted.id);
+        Adoption::Taken
+    }
+
+    fn give_up(&mut self, name: &FlowName, now: BootTime) -> Adoption {
+        let Some(index) = self.tables.index_of(name.service) else { return Adoption::Refused };
+        if self.may_forward(self.tables.services()[usize::from(index)].group, now) {
+            return Adoption::Refused;
+        }
+        let key = ClientSide {
+            service: self.core.states.number(index),
+            client: name.client.ip(),
+            client_port: name.client.port(),
+        };
+        if let Some(id) = self.core.flows.find(&key) {
+            self.drop_adopted(id);
+        }
+        Adoption::Taken
+    }
+
+    /// Forgets a flow that is another node's to tell of.
+    fn drop_adopted(&mut self, id: FlowId) {
+        let flow = self.core.flows.remove(id);
+        self.core.unlearn(&flow);
+    }
+}
+
+/// VIP group of the service with that number, if it is in the tables in force.
+pub(super) fn group_of(states: &States, tables: &Tables, service: u32) -> Option<u32> {
+    let index = states.service(service).index?;
+    Some(tables.services()[usize::from(index)].group)
+}
+
+fn name(states: &States, flow: &Flow) -> FlowName {
+    let client = flow.client_side();
+    FlowName {
+        service: states.service_id(flow.service()),
+        client: SocketAddr::new(client.client, client.client_port),
+    }
+}
+
+fn record(states: &States, flow: &Flow) -> FlowRecord {
+    FlowRecord {
+        name: name(states, flow),
+        backend: states.backend_id(flow.backend),
+        snat: flow.backend_side().map(|b| SocketAddr::new(b.snat, b.snat_port)),
+        progress: flow.progress_bits(),
+    }
+}

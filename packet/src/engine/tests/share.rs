@@ -1,0 +1,293 @@
+//! Flows that are shared: what the owner tells, and what a standby makes of it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::engine::{Adopted, FlowName, FlowNews, FlowOutbox, Port, SHARE_BUDGET};
+use crate::lane::FlowFilter;
+use crate::plan::*;
+
+#[derive(Clone, Debug, Default)]
+struct Outbox(Arc<Mutex<Vec<FlowNews>>>);
+
+impl FlowOutbox for Outbox {
+    fn tell(&mut self, news: FlowNews) {
+        self.0.lock().unwrap().push(news);
+    }
+}
+
+impl Outbox {
+    fn take(&self) -> Vec<FlowNews> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}
+
+/// An owner whose news are collected, and a standby with the same plan.
+fn pair(services: Vec<ServicePlan>) -> (World, Outbox, World) {
+    let outbox = Outbox::default();
+    let mut owner = World::new(services.clone());
+    owner.engine.set_outbox(Box::new(outbox.clone()));
+    let mut standby = World::new(services);
+    standby.engine.set_outbox(Box::new(Outbox::default()));
+    standby.lease(false, false);
+    (owner, outbox, standby)
+}
+
+/// Everything the owner has, by the way of a sending of all.
+fn send_all(owner: &World, standby: &mut World, mark: u32) -> Adopted {
+    let mut records = Vec::new();
+    let mut from = Some(0);
+    while let Some(at) = from {
+        from = owner.engine.shared(&[GROUP], at, &mut records);
+    }
+    let news: Vec<_> = records.into_iter().map(FlowNews::Known).collect();
+    let adopted = standby.engine.adopt(&news, mark, standby.now);
+    let mut from = Some(0);
+    while let Some(at) = from {
+        from = standby.engine.sweep(&[GROUP], mark, at, standby.now);
+    }
+    adopted
+}
+
+fn change_hands(owner: &mut World, standby: &mut World) {
+    owner.lease(false, false);
+    standby.lease(true, true);
+}
+
+/// What a flow looks like on the backend's side.
+fn way(world: &mut World, port: u16) -> (u8, SocketAddr) {
+    let (_, seen) = world.send(&request_from(Protocol::Tcp, false, port).build()).sent();
+    (seen.eth_dst[5], seen.src)
+}
+
+/// Opens a flow by SYN and what follows; in `nat` the backend answers.
+fn open(world: &mut World, port: u16, mode: Mode) -> (u8, SocketAddr) {
+    let (_, seen) = world.send(&request_from(Protocol::Tcp, false, port).flags(SYN).build()).sent();
+    if mode == Mode::Nat {
+        answer(world, seen.dst, seen.src, SYN_ACK);
+    }
+    way(world, port)
+}
+
+fn answer(world: &mut World, backend: SocketAddr, snat: SocketAddr, flags: u8) {
+    world
+        .send_by(&Packet::new(Protocol::Tcp, backend, snat).inside().flags(flags).build(), Port::Inside)
+        .sent();
+}
+
+/// A service in which a backend was drained and another added: the base table is 1, 2, 3, the current one 2, 3, 4.
+fn in_transition(mode: Mode) -> ServicePlan {
+    let mut service = service(mode, false, Protocol::Tcp, 4);
+    service.backends[0].weight = 0;
+    service.backends[3].base_weight = 0;
+    service
+}
+
+#[test]
+fn flows_of_slots_in_transition_outlive_their_owner_in_every_mode() {
+    for mode in [Mode::Dsr, Mode::NatTransparent, Mode::Nat] {
+        let (mut owner, outbox, mut standby) = pair(vec![in_transition(mode)]);
+        let ways: HashMap<u16, _> =
+            (2000..3000).map(|port| (port, open(&mut owner, port, mode))).collect();
+        let news = outbox.take();
+        assert!(!news.is_empty() && news.len() <= 1000, "{mode:?}: {}", news.len());
+        let adopted = standby.engine.adopt(&news, 1, standby.now);
+        assert_eq!((adopted.taken as usize, adopted.refused, adopted.full), (news.len(), 0, 0));
+        change_hands(&mut owner, &mut standby);
+        for (port, before) in ways {
+            assert_eq!(way(&mut standby, port), before, "{mode:?} {port}");
+        }
+    }
+}
+
+/// What a flow's first packet says is as far as a flood comes; it must not be told to anybody.
+#[test]
+fn a_flood_of_syns_is_no_news() {
+    for mode in [Mode::Dsr, Mode::Nat] {
+        let (mut owner, outbox, mut standby) = pair(vec![in_transition(mode)]);
+        for port in 2000..3000 {
+            owner.send(&request_from(Protocol::Tcp, false, port).flags(SYN).build()).sent();
+        }
+        assert_eq!(outbox.take(), []);
+        assert_eq!(send_all(&owner, &mut standby, 1), Adopted::default());
+    }
+}
+
+#[test]
+fn the_end_of_a_flow_is_told_once() {
+    let (mut owner, outbox, mut standby) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 1)]);
+    let (_, snat) = open(&mut owner, 4000, Mode::Nat);
+    standby.engine.adopt(&outbox.take(), 1, standby.now);
+    assert_eq!(standby.counters().flows, 1);
+    let backend = SocketAddr::new(backend_address(Mode::Nat, false, 1), 8080);
+    owner.send(&request_from(Protocol::Tcp, false, 4000).flags(FIN_ACK).build()).sent();
+    assert_eq!(outbox.take(), [], "half of it may go on");
+    answer(&mut owner, backend, snat, FIN_ACK);
+    let news = outbox.take();
+    let name = FlowName { service: SERVICE, client: client_at(4000) };
+    assert_eq!(news, [FlowNews::Gone(name)]);
+    owner.pass(60);
+    assert_eq!(outbox.take(), []);
+    standby.engine.adopt(&news, 1, standby.now);
+    assert_eq!(standby.counters().flows, 0);
+}
+
+fn client_at(port: u16) -> SocketAddr {
+    SocketAddr::new(client(false).ip(), port)
+}
+
+#[test]
+fn a_flow_that_idles_out_is_told_as_gone() {
+    let (mut owner, outbox, _) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 1)]);
+    open(&mut owner, 4000, Mode::Nat);
+    outbox.take();
+    owner.pass(1800);
+    assert_eq!(
+        outbox.take(),
+        [FlowNews::Gone(FlowName { service: SERVICE, client: client_at(4000) })]
+    );
+}
+
+/// Packets of a flow pass at its owner: a standby that let it age would forget it in the middle.
+#[test]
+fn what_was_taken_over_does_not_age_before_this_node_owns_it() {
+    let (mut owner, outbox, mut standby) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 1)]);
+    open(&mut owner, 4000, Mode::Nat);
+    standby.engine.adopt(&outbox.take(), 1, standby.now);
+    standby.pass(86_400);
+    assert_eq!(standby.counters().flows, 1);
+    change_hands(&mut owner, &mut standby);
+    standby.pass(890);
+    assert_eq!(standby.counters().flows, 1, "its idle time begins when it changes hands at the earliest");
+    for _ in 0..12 {
+        standby.pass(100);
+    }
+    assert_eq!(standby.counters().flows, 0);
+}
+
+#[test]
+fn a_sending_of_all_takes_away_what_it_does_not_hold() {
+    let (mut owner, _, mut standby) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 2)]);
+    // The standby was the owner once.
+    standby.lease(true, true);
+    for port in 5000..5000 + 2 * SHARE_BUDGET as u16 {
+        open(&mut standby, port, Mode::Nat);
+    }
+    standby.lease(false, false);
+    for port in 2000..2000 + 3 * SHARE_BUDGET as u16 {
+        open(&mut owner, port, Mode::Nat);
+    }
+    let adopted = send_all(&owner, &mut standby, 7);
+    assert_eq!((adopted.taken, adopted.refused), (3 * SHARE_BUDGET as u32, 0));
+    assert_eq!(standby.counters().flows, 3 * SHARE_BUDGET as u64);
+    assert_eq!(listed(&owner), listed(&standby));
+}
+
+fn listed(world: &World) -> Vec<(SocketAddr, u32, Option<SocketAddr>)> {
+    let flows = world.engine.flows(&FlowFilter::default(), 100_000, world.now);
+    let mut listed: Vec<_> = flows.iter().map(|f| (f.client, f.backend, f.snat)).collect();
+    listed.sort();
+    listed
+}
+
+/// In an orderly hand-over the old owner goes on forwarding for a while, and both tell.
+#[test]
+fn an_owner_takes_what_it_lacks_and_keeps_what_it_knows() {
+    let (mut owner, outbox, mut standby) = pair(vec![in_transition(Mode::Dsr)]);
+    for port in 2000..2100 {
+        open(&mut owner, port, Mode::Dsr);
+    }
+    standby.lease(true, true);
+    let before = standby.counters().flows;
+    let news = outbox.take();
+    let adopted = standby.engine.adopt(&news, 1, standby.now);
+    assert_eq!((adopted.taken as usize, adopted.refused), (news.len(), 0));
+    assert_eq!(standby.counters().flows, before + news.len() as u64);
+    let gone: Vec<_> = news
+        .iter()
+        .map(|news| match news {
+            FlowNews::Known(record) => FlowNews::Gone(record.name),
+            gone @ FlowNews::Gone(_) => *gone,
+        })
+        .collect();
+    assert_eq!(standby.engine.adopt(&gone, 1, standby.now).taken, 0);
+    assert_eq!(standby.engine.sweep(&[GROUP], 2, 0, standby.now), None);
+    assert_eq!(standby.counters().flows, before + news.len() as u64);
+}
+
+#[test]
+fn what_the_plan_does_not_know_is_refused() {
+    let (mut owner, outbox, _) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 2)]);
+    open(&mut owner, 4000, Mode::Nat);
+    let news = outbox.take();
+    let refuses = |services: Vec<ServicePlan>, news: &[FlowNews]| {
+        let mut world = World::new(services);
+        world.lease(false, false);
+        let adopted = world.engine.adopt(news, 1, world.now);
+        assert_eq!((adopted.taken, adopted.refused, world.counters().flows), (0, 1, 0));
+    };
+    refuses(vec![], &news);
+    refuses(vec![service(Mode::Dsr, false, Protocol::Tcp, 2)], &news);
+    refuses(vec![service(Mode::Nat, true, Protocol::Tcp, 2)], &news);
+    refuses(vec![service(Mode::Nat, false, Protocol::Udp, 2)], &news);
+    let FlowNews::Known(mut record) = news[0] else { panic!() };
+    record.backend = 99;
+    refuses(vec![service(Mode::Nat, false, Protocol::Tcp, 2)], &[FlowNews::Known(record)]);
+    let FlowNews::Known(mut record) = news[0] else { panic!() };
+    record.snat = Some("203.0.113.1:5000".parse().unwrap());
+    refuses(vec![service(Mode::Nat, false, Protocol::Tcp, 2)], &[FlowNews::Known(record)]);
+    let FlowNews::Known(mut record) = news[0] else { panic!() };
+    record.progress = 0xff;
+    refuses(vec![service(Mode::Nat, false, Protocol::Tcp, 2)], &[FlowNews::Known(record)]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever happens on the owner, a standby that was told all of it holds what a sending of all would bring, and treats
+    /// every flow whose handshake is over as the owner did.
+    #[test]
+    fn a_standby_that_was_told_everything_goes_on_as_the_owner_did(
+        mode in prop::sample::select(vec![Mode::Dsr, Mode::NatTransparent, Mode::Nat]),
+        steps in prop::collection::vec((0u8..8, 0u16..12), 1..120),
+    ) {
+        let (mut owner, outbox, mut standby) = pair(vec![in_transition(mode)]);
+        let mut open_flows: HashMap<u16, (u8, SocketAddr)> = HashMap::new();
+        for (what, n) in steps {
+            let port = 3000 + n * 7;
+            let request = request_from(Protocol::Tcp, false, port);
+            match what {
+                0..=3 if !open_flows.contains_key(&port) => {
+                    open_flows.insert(port, open(&mut owner, port, mode));
+                }
+                4 => {
+                    owner.send(&request.flags(RST).build());
+                    open_flows.remove(&port);
+                }
+                5 => {
+                    owner.pass(1);
+                    standby.pass(1);
+                }
+                6 => {
+                    standby.engine.adopt(&outbox.take(), 3, standby.now);
+                }
+                _ if open_flows.contains_key(&port) => {
+                    prop_assert_eq!(way(&mut owner, port), open_flows[&port]);
+                }
+                _ => {}
+            }
+        }
+        standby.engine.adopt(&outbox.take(), 3, standby.now);
+        let told = listed(&standby);
+        send_all(&owner, &mut standby, 4);
+        prop_assert_eq!(&told, &listed(&standby));
+        change_hands(&mut owner, &mut standby);
+        for (port, before) in open_flows {
+            prop_assert_eq!(way(&mut standby, port), before, "{}", port);
+        }
+    }
+}

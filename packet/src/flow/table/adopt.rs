@@ -1,0 +1,79 @@
+//! Flows that were taken over from another node, and what is told to other nodes of one's own.
+
+use crate::plan::Protocol;
+use crate::time::BootTime;
+
+use super::{Flow, FlowId, FlowTable, Inserted, NewFlow, Progress, TableFull};
+
+impl FlowTable {
+    /// Remembers a flow whose names are both new as another node remembers it: in the state that `bits` stand for
+    /// ([`Flow::progress_bits`]), under the `mark` of the sending that it came with. `None`: there is no such state.
+    ///
+    /// # Errors
+    /// The table is full and every flow in it is assured.
+    pub fn adopt(
+        &mut self,
+        new: NewFlow,
+        protocol: Protocol,
+        bits: u8,
+        mark: u32,
+        now: BootTime,
+    ) -> Result<Option<Inserted>, TableFull> {
+        let Some(progress) = Progress::from_bits(bits, new.backend_side.is_some(), protocol) else {
+            return Ok(None);
+        };
+        let idle = new.idle;
+        let inserted = self.insert(new, now)?;
+        let entry = inserted.id.0;
+        if progress.assured {
+            // No flow is assured by its first packet alone.
+            self.unlink_unassured(entry);
+        }
+        let flow = self.entries.get_mut(entry);
+        flow.progress = progress;
+        flow.mark = mark;
+        flow.told = progress.state != super::State::Closed;
+        flow.set_idle(idle);
+        let deadline_ns = flow.deadline_ns();
+        self.wheel.unlink(&mut self.entries, entry);
+        self.wheel.schedule(&mut self.entries, entry, deadline_ns);
+        Ok(Some(inserted))
+    }
+
+    /// Notes the sending that a flow came with once more.
+    ///
+    /// # Panics
+    /// The flow has been removed.
+    pub fn set_mark(&mut self, id: FlowId, mark: u32) {
+        self.entries.get_mut(id.0).mark = mark;
+    }
+
+    /// Notes whether others are told of a flow.
+    ///
+    /// # Panics
+    /// The flow has been removed.
+    pub fn set_told(&mut self, id: FlowId, told: bool) {
+        self.entries.get_mut(id.0).told = told;
+    }
+
+    /// The flows at places `from..to`, for whoever walks through the table in pieces. A flow stays at its place.
+    pub fn at(&self, from: usize, to: usize) -> impl Iterator<Item = (FlowId, &Flow)> {
+        let to = to.min(self.entries.slots.len());
+        let places = self.entries.slots[from.min(to)..to].iter().zip(from..);
+        places.filter_map(|(flow, place)| Some((FlowId(place as u32), flow.as_ref()?)))
+    }
+
+    /// Places in use so far.
+    pub fn places(&self) -> usize {
+        self.entries.slots.len()
+    }
+}
+
+impl Flow {
+    /// Whether a flow of another node says the same as this one does.
+    pub(crate) fn is_like(&self, new: &NewFlow, bits: u8) -> bool {
+        self.backend == new.backend
+            && self.backend_side() == new.backend_side
+            && self.progress.to_bits() == bits
+    }
+}
