@@ -29,6 +29,11 @@ pub trait DataPath: Send + Sync {
     /// Log index of the replicated state that the installed tables were derived from. A group is granted to a node
     /// only when this has reached the index of its assignment.
     fn installed_index(&self) -> u64;
+    /// The other nodes that have all remembered flows of the groups that this one owns, but for what is under way; a group
+    /// is handed over in order to one of them. Absent: this data path sends its flows to nobody, and nobody need have them.
+    fn followers(&self) -> Option<Vec<NodeId>> {
+        None
+    }
 }
 
 /// What a node knows about its own fitness to own a VIP group. Carried on beats.

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use komainu_proto::domain::{GroupId, NodeId, Role};
 
+use crate::handover::{Waits, Why};
 use crate::pulse::{Ownership, Pulse};
 use crate::state::{Change, GroupState, State};
 use crate::time::Instant;
@@ -46,6 +47,8 @@ pub struct Director {
     owners: Vec<(GroupId, Option<NodeId>, u64)>,
     quiet_since: Option<Instant>,
     transferred_at: Option<Instant>,
+    /// Hand-overs that wait for the flows.
+    waits: Waits,
 }
 
 /// The epoch that an assignment begins or a release ends, and the new owner.
@@ -97,6 +100,7 @@ impl Director {
                 out.push(change);
             }
         }
+        self.waits.retain(|id| state.group(id).is_some());
         self.asked.retain(|id, (asked, _)| state.group(*id).is_some_and(|g| g.epoch <= asked.epoch));
         out.extend(self.freed(state, pulse, now));
         out
@@ -223,7 +227,15 @@ impl Director {
         let own = Ownership { group: group.id, epoch: group.epoch };
         let prefer =
             group.config.prefer.as_deref().and_then(|name| state.member_named(name)).map(|m| m.node.id);
-        let target = choose(group, prefer, candidates, load);
+        let followers = match group.owner {
+            Some(owner) if owner == pulse.raft_id().node() => pulse.followers().map(<[NodeId]>::to_vec),
+            Some(owner) => pulse.peer(owner).and_then(|p| p.followers),
+            None => None,
+        };
+        let target = choose(group, prefer, candidates, load, followers.as_deref());
+        if self.waits_for_flows(group, target, followers.as_deref(), pulse, now) {
+            return None;
+        }
         let assign = |node| Change::Assign { group: group.id, node, epoch: group.epoch + 1 };
         let change = match (group.owner, target) {
             (None, Some(node)) => assign(node),
@@ -260,6 +272,35 @@ impl Director {
             *load.entry(*node).or_default() += 1;
         }
         Some(change)
+    }
+
+    /// Whether the group's owner works and its flows are not yet where they should be when the group is.
+    fn waits_for_flows(
+        &mut self,
+        group: &GroupState,
+        target: Option<NodeId>,
+        followers: Option<&[NodeId]>,
+        pulse: &Pulse,
+        now: Instant,
+    ) -> bool {
+        let (Some(owner), Some(to)) = (group.owner, target.filter(|t| Some(*t) != group.owner)) else {
+            self.waits.rests(group.id);
+            return false;
+        };
+        let (works, resigning) = if owner == pulse.raft_id().node() {
+            (pulse.self_health().fit(), pulse.is_resigning())
+        } else {
+            let peer = pulse.peer(owner).filter(|p| p.alive && p.follows);
+            (peer.as_ref().is_some_and(|p| p.health.fit()), peer.is_some_and(|p| p.resigning))
+        };
+        let why = match () {
+            () if resigning || self.leaving.contains(&owner) => Why::Leaving,
+            () if group.wanted.is_some() => Why::Wish,
+            () => Why::Preference,
+        };
+        // Begun under an earlier leader: the owner has no flows to send any more.
+        let given_up = pulse.is_given_up(owner, Ownership { group: group.id, epoch: group.epoch });
+        works && !given_up && self.waits.holds((group.id, group.epoch), to, followers, why, now)
     }
 
     /// Addresses that left a group and that nobody can answer for any more.
@@ -315,6 +356,7 @@ fn choose(
     prefer: Option<NodeId>,
     candidates: &[Candidate],
     load: &BTreeMap<NodeId, usize>,
+    followers: Option<&[NodeId]>,
 ) -> Option<NodeId> {
     let fit = |node: NodeId| candidates.iter().find(|c| c.node == node);
     // Tables that are too old rule out a new owner, but not the one that is working.
@@ -338,7 +380,11 @@ fn choose(
         candidates
             .iter()
             .filter(|c| Some(c.node) != not && (c.ready || !ready_only))
-            .min_by_key(|c| load.get(&c.node).copied().unwrap_or(0))
+            // Whoever has the flows of the owner, be it dead, before whoever has fewer groups.
+            .min_by_key(|c| {
+                let lacks = followers.is_some_and(|f| !f.contains(&c.node));
+                (lacks, load.get(&c.node).copied().unwrap_or(0))
+            })
             .map(|c| c.node)
     };
     best(true).or(owner).or_else(|| best(false)).or(not.filter(|n| fit(*n).is_some()))
@@ -373,7 +419,7 @@ mod tests {
     }
 
     fn chosen(group: &GroupState, prefer: Option<u64>, candidates: &[Candidate]) -> Option<u64> {
-        choose(group, prefer.map(NodeId), candidates, &BTreeMap::new()).map(|n| n.0)
+        choose(group, prefer.map(NodeId), candidates, &BTreeMap::new(), None).map(|n| n.0)
     }
 
     #[test]
@@ -411,7 +457,16 @@ mod tests {
     #[test]
     fn groups_spread_where_nothing_is_preferred() {
         let load = BTreeMap::from([(NodeId(1), 2), (NodeId(2), 1)]);
-        assert_eq!(choose(&group(None), None, &fit(&[1, 2]), &load), Some(NodeId(2)));
+        assert_eq!(choose(&group(None), None, &fit(&[1, 2]), &load, None), Some(NodeId(2)));
+    }
+
+    #[test]
+    fn a_dead_owners_group_goes_to_whoever_has_its_flows() {
+        let load = BTreeMap::from([(NodeId(1), 2), (NodeId(2), 1)]);
+        let (owned, here) = (group(Some(3)), fit(&[1, 2]));
+        assert_eq!(choose(&owned, None, &here, &load, Some(&[NodeId(1)])), Some(NodeId(1)));
+        // Better without flows than not at all.
+        assert_eq!(choose(&owned, None, &here, &load, Some(&[])), Some(NodeId(2)));
     }
 
     #[test]

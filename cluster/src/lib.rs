@@ -6,6 +6,8 @@
 pub mod api;
 pub mod core;
 pub mod director;
+pub mod flowsync;
+mod handover;
 pub mod pulse;
 pub mod raft;
 pub mod rules;

@@ -160,13 +160,16 @@ pub enum Kind {
     Request = 4,
     /// The answer to one.
     Answer = 5,
+    /// Flows for a standby (datagram).
+    Flows = 6,
+    /// What of them has come in (datagram).
+    FlowReport = 7,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
-        [Kind::Beat, Kind::Vote, Kind::Stream, Kind::Request, Kind::Answer]
-            .into_iter()
-            .find(|&k| k as u8 == byte)
+        use Kind::{Answer, Beat, FlowReport, Flows, Request, Stream, Vote};
+        [Beat, Vote, Stream, Request, Answer, Flows, FlowReport].into_iter().find(|&k| k as u8 == byte)
     }
 }
 

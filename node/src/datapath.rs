@@ -6,7 +6,7 @@
 //! is granted only when tables of at least that index are installed.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -16,9 +16,10 @@ use komainu_packet::lane::SharedLane;
 use komainu_packet::lease::Lease;
 use komainu_packet::plan::{MAX_GROUPS, Plan};
 use komainu_packet::time::BootTime;
-use komainu_proto::domain::GroupId;
+use komainu_proto::domain::{GroupId, NodeId};
 
 use crate::planner::{self, Planned};
+use crate::warm::Warm;
 
 /// Time after which a refused plan is offered again although nothing changed: what made the system refuse it (memory, a
 /// netlink queue) may have passed.
@@ -29,15 +30,61 @@ pub struct LanePath {
     lane: SharedLane,
     /// Log index that the lane's tables were derived from, or would be: see [`Installer`].
     installed_index: AtomicU64,
-    /// Until when each group may be forwarded, by `id % MAX_GROUPS` like the lane's own cells.
-    forward_until: Box<[AtomicU64]>,
+    /// What may be forwarded until when, by `id % MAX_GROUPS` like the lane's own cells.
+    cells: Box<[Cell]>,
+    /// Exchanges flows with the other balancers, where that is done.
+    warm: OnceLock<Warm>,
+}
+
+/// A group's number plus 1 (0: nobody's), the epoch, and until when it may be forwarded for.
+#[derive(Debug, Default)]
+struct Cell {
+    group: AtomicU64,
+    epoch: AtomicU64,
+    forward_until: AtomicU64,
+}
+
+/// Until when this node may forward for a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Which group.
+    pub group: GroupId,
+    /// Under which epoch.
+    pub epoch: u64,
+    /// Until when; may have passed.
+    pub forward_until: BootTime,
 }
 
 impl LanePath {
     /// A lane without tables.
     pub fn new(lane: SharedLane) -> Self {
-        let forward_until = (0..MAX_GROUPS).map(|_| AtomicU64::new(0)).collect();
-        LanePath { lane, installed_index: AtomicU64::new(0), forward_until }
+        let cells = (0..MAX_GROUPS).map(|_| Cell::default()).collect();
+        LanePath { lane, installed_index: AtomicU64::new(0), cells, warm: OnceLock::new() }
+    }
+
+    /// From now on flows are exchanged by `warm`. Further calls change nothing.
+    pub fn set_warm(&self, warm: Warm) {
+        let _ = self.warm.set(warm);
+    }
+
+    /// What exchanges flows with the other balancers.
+    pub fn warm(&self) -> Option<&Warm> {
+        self.warm.get()
+    }
+
+    /// Groups that this node forwards for, or has forwarded for.
+    pub fn leases(&self) -> Vec<Held> {
+        let held = self.cells.iter().filter_map(|cell| {
+            let group = cell.group.load(Ordering::SeqCst).checked_sub(1)?;
+            let (epoch, until) =
+                (cell.epoch.load(Ordering::SeqCst), cell.forward_until.load(Ordering::SeqCst));
+            // Another group's or epoch's by now: the next look finds it.
+            let same =
+                cell.group.load(Ordering::SeqCst) == group + 1 && cell.epoch.load(Ordering::SeqCst) == epoch;
+            let group = GroupId(u32::try_from(group).ok()?);
+            same.then_some(Held { group, epoch, forward_until: BootTime(until) })
+        });
+        held.collect()
     }
 
     /// The lane.
@@ -48,7 +95,8 @@ impl LanePath {
     /// When the last group ends that the lane may forward for, as far as is written now. A node that has handed its
     /// groups over goes on until then, so that what is under way to it still arrives.
     pub fn forwards_until(&self) -> BootTime {
-        BootTime(self.forward_until.iter().map(|cell| cell.load(Ordering::Relaxed)).max().unwrap_or(0))
+        let until = self.cells.iter().map(|cell| cell.forward_until.load(Ordering::Relaxed));
+        BootTime(until.max().unwrap_or(0))
     }
 }
 
@@ -61,7 +109,15 @@ impl DataPath for LanePath {
             forward_until: BootTime(lease.forward_until.0),
         };
         self.lane.set_lease(group.0, lease);
-        self.forward_until[group.0 as usize % MAX_GROUPS].store(lease.forward_until.0, Ordering::Relaxed);
+        let cell = &self.cells[group.0 as usize % MAX_GROUPS];
+        let number = u64::from(group.0) + 1;
+        if cell.group.load(Ordering::Relaxed) != number || cell.epoch.load(Ordering::Relaxed) != lease.epoch {
+            // So that nobody takes one epoch's limit for another's.
+            cell.forward_until.store(0, Ordering::SeqCst);
+            cell.group.store(number, Ordering::SeqCst);
+            cell.epoch.store(lease.epoch, Ordering::SeqCst);
+        }
+        cell.forward_until.store(lease.forward_until.0, Ordering::SeqCst);
     }
 
     fn announce(&self, group: GroupId) {
@@ -71,6 +127,10 @@ impl DataPath for LanePath {
     fn installed_index(&self) -> u64 {
         // Pairs with the store after `install`: whoever reads the index may rely on the tables.
         self.installed_index.load(Ordering::Acquire)
+    }
+
+    fn followers(&self) -> Option<Vec<NodeId>> {
+        self.warm().map(Warm::followers)
     }
 }
 
@@ -215,7 +275,7 @@ impl Worker {
                 continue;
             }
             let Planned { plan, omitted } = planner::plan(&state);
-            let result = self.install(plan);
+            let result = self.install(plan, index);
             let status = InstallStatus { refused: result.err().map(|reason| (index, reason)), omitted };
             refused = status.refused.is_some().then_some(state);
             if refused.is_none() {
@@ -226,11 +286,19 @@ impl Worker {
         }
     }
 
-    fn install(&mut self, plan: Plan) -> Result<(), String> {
+    /// Flows that these tables turn into exceptions are with the standbys before the tables are in force, and what came by
+    /// such tables from another node is taken over before a lease can rest on them. Both wait for a bounded time only.
+    fn install(&mut self, plan: Plan, index: u64) -> Result<(), String> {
         if self.in_force.as_ref().is_some_and(|p| p.groups == plan.groups && p.services == plan.services) {
             return Ok(());
         }
+        if let Some(warm) = self.path.warm() {
+            warm.flush();
+        }
         self.path.lane.install(plan.clone()).map_err(|e| e.to_string())?;
+        if let Some(warm) = self.path.warm() {
+            warm.catch_up(index);
+        }
         self.in_force = Some(plan);
         Ok(())
     }

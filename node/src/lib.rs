@@ -16,6 +16,7 @@
 //! | [`planner`] | replicated state → plan for the lane |
 //! | [`render`] | answers of the API as people and as programs read them |
 //! | [`self_health`] | is this node fit to own a VIP group? |
+//! | [`warm`] | exchanges flows with the other balancers, for the standby to know them |
 
 pub mod admin;
 pub mod check;
@@ -28,3 +29,4 @@ pub mod metrics;
 pub mod planner;
 pub mod render;
 pub mod self_health;
+pub mod warm;

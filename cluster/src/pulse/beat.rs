@@ -18,6 +18,8 @@ pub const BEAT_MAX_BYTES: usize = 1200;
 pub const MAX_OBSERVATIONS: usize = 32;
 /// Groups in each list of a beat: as many as a document can hold.
 pub const MAX_OWNERSHIPS: usize = crate::state::MAX_GROUPS;
+/// Followers of one beat: every other member.
+const MAX_FOLLOWERS: usize = crate::state::MAX_MEMBERS;
 /// Bytes of a name, version or reason that are sent; the rest is cut.
 const MAX_TEXT: usize = 64;
 
@@ -70,6 +72,8 @@ pub struct Beat {
     pub held: Vec<(Ownership, Duration)>,
     /// What the sender's checks see where that differs from the replicated verdict.
     pub observations: Vec<Observation>,
+    /// Nodes that have the remembered flows of the groups that the sender owns; absent: it sends them to nobody.
+    pub followers: Option<Vec<NodeId>>,
 }
 
 /// A group under an epoch.
@@ -202,6 +206,9 @@ impl Beat {
             held: ownerships(self.held.iter().map(|h| h.0)),
             held_left_ms: self.held.iter().take(MAX_OWNERSHIPS).map(|h| h.1.as_millis() as u32).collect(),
             observations: Vec::new(),
+            followers: self.followers.as_ref().map(|nodes| wire::Followers {
+                nodes: nodes.iter().take(MAX_FOLLOWERS).map(|n| n.0).collect(),
+            }),
         }
     }
 
@@ -270,6 +277,7 @@ impl Beat {
                 .map(|(o, left)| (o, Duration::from_millis(u64::from(left))))
                 .collect(),
             observations: observations.collect::<Result<_, BeatError>>()?,
+            followers: w.followers.map(|f| f.nodes.into_iter().take(MAX_FOLLOWERS).map(NodeId).collect()),
         })
     }
 }
@@ -352,6 +360,7 @@ mod tests {
             releases: owned[..ownerships / 8].to_vec(),
             released: owned[..ownerships / 8].to_vec(),
             held: owned.iter().take(ownerships / 2).map(|&o| (o, Duration::from_millis(60))).collect(),
+            followers: Some(vec![NodeId(65_535); 15]),
             observations: (0..observations)
                 .map(|i| Observation {
                     backend: BackendId(i as u32),

@@ -21,6 +21,14 @@ impl Pulse {
         }
     }
 
+    /// Who has the remembered flows of this node's data path; see [`crate::api::DataPath::followers`].
+    pub fn set_followers(&mut self, followers: Option<Vec<NodeId>>) {
+        if followers != self.followers {
+            self.followers = followers;
+            self.prompt();
+        }
+    }
+
     /// This node's fitness to own a group.
     pub fn set_self_health(&mut self, health: SelfHealth) {
         if health.fit() != self.health.fit() {

@@ -129,6 +129,8 @@ pub struct PeerView {
     pub resigning: bool,
     /// Its process.
     pub instance: u64,
+    /// Who has its flows; absent: it sends them to nobody.
+    pub followers: Option<Vec<NodeId>>,
 }
 
 /// Why a beat was not taken in.
@@ -184,6 +186,8 @@ pub struct Pulse {
     peers: BTreeMap<NodeId, Peer>,
     holdings: Holdings,
     health: SelfHealth,
+    /// Who has the flows of this node's data path.
+    followers: Option<Vec<NodeId>>,
     resigning: bool,
     applied: u64,
     observations: BTreeMap<BackendId, Observation>,
@@ -227,6 +231,7 @@ impl Pulse {
             peers: BTreeMap::new(),
             holdings: Holdings::new(config.identity.id, config.timing.grace),
             health: SelfHealth::default(),
+            followers: None,
             resigning: false,
             applied: 0,
             observations: BTreeMap::new(),
@@ -335,6 +340,11 @@ impl Pulse {
         self.resigning
     }
 
+    /// Who has the flows of this node's data path; absent: it sends them to nobody.
+    pub fn followers(&self) -> Option<&[NodeId]> {
+        self.followers.as_deref()
+    }
+
     /// This node's own fitness.
     pub fn self_health(&self) -> &SelfHealth {
         &self.health
@@ -427,6 +437,7 @@ impl Pulse {
             health: h.beat.health.clone(),
             resigning: h.beat.resigning,
             instance: h.beat.instance,
+            followers: h.beat.followers.clone(),
         })
     }
 }

@@ -73,6 +73,7 @@ impl Pulse {
             released: self.holdings.released().collect(),
             held,
             observations,
+            followers: self.followers.clone(),
         };
         let (_, kept) = beat.encode();
         beat.observations.truncate(kept);

@@ -101,6 +101,7 @@ impl BeatThread {
         let now = clock::at();
         if let Some(data_path) = &self.data_path {
             pulse.set_installed(data_path.installed_index(), now);
+            pulse.set_followers(data_path.followers());
         }
         pulse.handle_timeout(now);
         while let Some(output) = pulse.poll_output() {

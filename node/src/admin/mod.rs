@@ -26,6 +26,7 @@ pub mod status;
 
 use std::sync::Arc;
 
+use komainu_cluster::flowsync::PeerStatus;
 use komainu_cluster::shell::ClusterHandle;
 use komainu_packet::lane::SharedLane;
 
@@ -34,6 +35,9 @@ pub use query::NodeQueries;
 
 /// What operators should know of this node beside what its cluster layer says, a sentence each.
 pub type Notices = Arc<dyn Fn() -> Vec<String> + Send + Sync>;
+
+/// How far other balancers have followed with this node's flows.
+pub type Followers = Arc<dyn Fn() -> Vec<PeerStatus> + Send + Sync>;
 
 /// What the calls work with.
 #[derive(Clone)]
@@ -44,6 +48,8 @@ pub struct Context {
     pub lane: Option<SharedLane>,
     /// Why it is that lane, in a sentence; empty on a witness.
     pub lane_reason: Arc<str>,
+    /// Who has this node's flows.
+    pub followers: Followers,
     /// Shown in status beside the cluster layer's.
     pub notices: Notices,
 }

@@ -8,18 +8,19 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use bytes::Bytes;
+use komainu_cluster::flowsync::PeerStatus;
 use komainu_cluster::shell::{ClusterHandle, QueryError, QueryHandler};
 use komainu_packet::lane::{FlowFilter, SharedLane};
 use komainu_packet::plan::Protocol;
 use komainu_proto::cluster::{
-    BackendCounters, CountersAnswer, CountersQuery, FlowEntry, FlowsAnswer, FlowsQuery, GroupLease,
-    NodeAnswer, NodeQuery, TraceAnswer, TraceQuery, node_answer::Answer, node_query::Query,
+    BackendCounters, CountersAnswer, CountersQuery, FlowEntry, FlowFollower, FlowsAnswer, FlowsQuery,
+    GroupLease, NodeAnswer, NodeQuery, TraceAnswer, TraceQuery, node_answer::Answer, node_query::Query,
 };
 use komainu_proto::domain::NodeId;
 use prost::Message;
 use tonic::Status;
 
-use super::{Context, refuse};
+use super::{Context, Followers, refuse};
 
 /// Most flows in one answer, as in `Lane::flows`.
 pub const MAX_FLOWS: u32 = 65536;
@@ -27,13 +28,14 @@ pub const MAX_FLOWS: u32 = 65536;
 /// Answers the other nodes' questions about this one's data path.
 pub struct NodeQueries {
     lane: Option<SharedLane>,
+    followers: Followers,
     cluster: OnceLock<ClusterHandle>,
 }
 
 impl NodeQueries {
-    /// For a node with this data path, or none.
-    pub fn new(lane: Option<SharedLane>) -> Self {
-        NodeQueries { lane, cluster: OnceLock::new() }
+    /// For a node with this data path, or none, whose flows `followers` have.
+    pub fn new(lane: Option<SharedLane>, followers: Followers) -> Self {
+        NodeQueries { lane, followers, cluster: OnceLock::new() }
     }
 
     /// Lets answers tell this node's leases. The cluster layer gets its query handler when it is started and gives its
@@ -46,7 +48,9 @@ impl NodeQueries {
 impl QueryHandler for NodeQueries {
     fn query(&self, _from: NodeId, request: Bytes) -> Bytes {
         let answer = match NodeQuery::decode(request) {
-            Ok(NodeQuery { query: Some(query) }) => answer(self.lane.as_ref(), self.cluster.get(), query),
+            Ok(NodeQuery { query: Some(query) }) => {
+                answer(self.lane.as_ref(), &self.followers, self.cluster.get(), query)
+            }
             Ok(NodeQuery { query: None }) => {
                 Answer::Refused("this version does not know the question".to_owned())
             }
@@ -56,14 +60,28 @@ impl QueryHandler for NodeQueries {
     }
 }
 
-fn answer(lane: Option<&SharedLane>, cluster: Option<&ClusterHandle>, query: Query) -> Answer {
+fn answer(
+    lane: Option<&SharedLane>,
+    followers: &Followers,
+    cluster: Option<&ClusterHandle>,
+    query: Query,
+) -> Answer {
     let Some(lane) = lane else {
         return Answer::Refused("this node is a witness: it has no data path".to_owned());
     };
     match query {
         Query::Counters(CountersQuery {}) => {
             let backends = lane.counters().backends.iter().map(counters).collect();
-            Answer::Counters(CountersAnswer { backends, leases: cluster.map(leases).unwrap_or_default() })
+            let follower = |p: PeerStatus| FlowFollower {
+                node: p.node.0,
+                caught_up: p.caught_up,
+                lag: p.lag.unwrap_or(0),
+            };
+            Answer::Counters(CountersAnswer {
+                backends,
+                leases: cluster.map(leases).unwrap_or_default(),
+                followers: followers().into_iter().map(follower).collect(),
+            })
         }
         Query::Flows(FlowsQuery { service, backend, limit }) => {
             let filter = FlowFilter { service, backend };
@@ -137,8 +155,9 @@ pub async fn ask(context: &Context, node: NodeId, query: Query) -> Result<Answer
     };
     let answer = if node == own {
         let (lane, cluster) = (context.lane.clone(), context.cluster.clone());
+        let followers = context.followers.clone();
         // The lane answers from its own thread's tables: that may take a moment.
-        tokio::task::spawn_blocking(move || answer(lane.as_ref(), Some(&cluster), query))
+        tokio::task::spawn_blocking(move || answer(lane.as_ref(), &followers, Some(&cluster), query))
             .await
             .map_err(|error| Status::internal(format!("the data path's answer was lost: {error}")))?
     } else {

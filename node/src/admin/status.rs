@@ -155,15 +155,17 @@ fn group(group: &GroupState, view: &View, told: &Told) -> GroupStatus {
     }
 }
 
-/// Exceptional flows, those that the tables alone don't decide, that the standby lacks. Nothing is sent to it in this
-/// version, so that is every flow that the owner remembers, also those that a standby with the same tables would happen to
-/// treat alike: an upper bound of what a failover can break.
+/// Flows that the standby lacks of those that the owner remembers and the tables alone don't decide; with several standbys, the
+/// one that lacks fewest. A standby that has not been told of all flows lacks them all: an upper bound of what a failover can
+/// break.
 fn standby_lag(group: &GroupState, view: &View, counters: Option<&CountersAnswer>) -> u64 {
-    let standby =
-        view.members.iter().any(|m| m.node.role == Role::Balancer && Some(m.node.id) != group.owner);
-    let Some(counters) = counters.filter(|_| standby) else { return 0 };
+    let standby = |m: &&MemberView| m.node.role == Role::Balancer && Some(m.node.id) != group.owner;
+    let Some(counters) = counters.filter(|_| view.members.iter().any(|m| standby(&m))) else { return 0 };
     let of_group = |id: u32| view.state.services.iter().any(|s| s.id == ServiceId(id) && s.group == group.id);
-    counters.backends.iter().filter(|b| of_group(b.service)).map(|b| b.flows).sum()
+    let remembered = counters.backends.iter().filter(|b| of_group(b.service)).map(|b| b.flows).sum();
+    let alive = |node: u64| view.members.iter().filter(standby).any(|m| m.node.id.0 == node && m.alive);
+    let following = counters.followers.iter().filter(|f| f.caught_up && alive(f.node));
+    following.map(|f| f.lag).min().map_or(remembered, |lag| lag.min(remembered))
 }
 
 fn service(service: &ServiceState, view: &View, told: &Told) -> ServiceStatus {

@@ -147,7 +147,8 @@ impl World {
             version: "test".to_owned(),
         };
         let lane = (role == Role::Balancer).then(|| Arc::new(Pretended { packets: 100 * id }));
-        let queries = Arc::new(NodeQueries::new(lane.clone().map(|lane| lane as SharedLane)));
+        let queries =
+            Arc::new(NodeQueries::new(lane.clone().map(|lane| lane as SharedLane), Arc::new(Vec::new)));
         let path = lane.clone().map(|lane| lane as SharedDataPath);
         let cluster = shell::start(settings, path, queries.clone()).unwrap();
         queries.attach(cluster.clone());
@@ -156,6 +157,7 @@ impl World {
             cluster: cluster.clone(),
             lane: lane.map(|lane| lane as SharedLane),
             lane_reason: "as the test says".into(),
+            followers: Arc::new(Vec::new),
             notices: Arc::new(|| vec!["a notice".to_owned()]),
         };
         let listeners = Listeners::open(&config).await.unwrap();
@@ -352,7 +354,7 @@ async fn any_node_answers_for_the_owner_and_for_the_cluster() {
     assert!(status.services[0].counters_known);
     assert_eq!(status.services[0].backends[0].packets, packets(&owner));
     assert_eq!(status.services[0].backends[0].flows, 3);
-    // Nothing is synced to the standby yet, so it lacks what the owner remembers.
+    // These nodes send their flows to nobody, so the standby lacks what the owner remembers.
     assert_eq!(status.groups[0].standby_lag_flows, 2);
     assert!(status.notices.contains(&"a notice".to_owned()));
 

@@ -7,10 +7,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use komainu_proto::domain::Role;
 use nix::sys::statfs::statfs;
 
 use super::{Asker, Finding};
 use crate::config::NodeConfig;
+use crate::warm::flow_address;
 
 /// File systems that don't outlive a reboot (statfs(2)).
 const IN_MEMORY: &[(u32, &str)] = &[(0x0102_1994, "tmpfs"), (0x8584_58f6, "ramfs")];
@@ -114,6 +116,9 @@ pub(super) fn listeners(config: &NodeConfig, running: bool, asker: Asker, findin
     if let Some(cluster) = &config.cluster {
         listener("cluster.listen", cluster.listen, "TCP", tcp, findings);
         listener("cluster.listen", cluster.listen, "UDP", udp, findings);
+        if let Some(flows) = flow_address(cluster.listen).filter(|_| config.role == Role::Balancer) {
+            listener("cluster.listen", flows, "UDP", udp, findings);
+        }
     }
     if let Some(admin) = &config.admin {
         listener("admin.listen", admin.listen, "TCP", tcp, findings);

@@ -4,13 +4,16 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use komainu_cluster::api::{DataPath, SelfHealth};
-use komainu_cluster::shell::{ClusterHandle, View};
+use komainu_cluster::flowsync::PeerStatus;
+use komainu_cluster::shell::{ClusterHandle, MemberView, View};
 use komainu_proto::domain::Role;
 
 use crate::datapath::{InstallStatus, LanePath};
 use crate::health::schedule::Checker;
 use crate::metrics::Snapshot;
 use crate::metrics::families::DataPathSnapshot;
+use crate::metrics::sharing::SharingSnapshot;
+use crate::warm::Warm;
 use crate::{metrics, planner};
 
 /// Shared by the administration, the metrics page and systemd's line.
@@ -38,6 +41,7 @@ impl Facts {
             notices.extend(lock(&d.install).notices());
             let own: Vec<_> = d.path.lane().links().into_iter().flat_map(|l| l.addresses).collect();
             notices.extend(planner::off_segment(&view.state, &own));
+            notices.extend(not_caught_up(&view, d.path.warm().map(Warm::peers).unwrap_or_default()));
         }
         notices
     }
@@ -68,6 +72,22 @@ impl Facts {
     }
 }
 
+/// Living balancers that don't have this node's flows, where it owns something.
+fn not_caught_up(view: &View, peers: Vec<PeerStatus>) -> Vec<String> {
+    if view.state.groups.iter().all(|g| g.owner != Some(view.node.id)) {
+        return Vec::new();
+    }
+    let behind = |m: &&MemberView| m.alive && peers.iter().any(|p| p.node == m.node.id && !p.caught_up);
+    let behind = view.members.iter().filter(behind);
+    let tell = |m: &MemberView| {
+        format!(
+            "node {} has not caught up with this node's flows: should this node fail now, connections that the tables alone don't decide may break",
+            m.node.name
+        )
+    };
+    behind.map(tell).collect()
+}
+
 /// A node that runs, hears a cluster, and is none of it.
 fn not_admitted(view: &View) -> Option<String> {
     let me = &view.node;
@@ -89,6 +109,7 @@ impl metrics::Source for Facts {
             counters: d.path.lane().counters(),
             installed_index: d.path.installed_index(),
             refused: lock(&d.install).refused.is_some(),
+            sharing: d.path.warm().map(|warm| SharingSnapshot::of(warm)),
         });
         Snapshot {
             view: self.cluster.live(),

@@ -27,12 +27,13 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::facts::{DataPathFacts, Facts};
 use super::{RunError, systemd};
-use crate::admin::{Context, Listeners, NodeQueries};
+use crate::admin::{Context, Followers, Listeners, NodeQueries};
 use crate::check::lane_config;
 use crate::config::NodeConfig;
 use crate::datapath::{InstallStatus, Installer, LanePath};
 use crate::health::probe::NetProbe;
 use crate::health::schedule::{Checker, Target};
+use crate::warm::Warm;
 use crate::{metrics, self_health};
 
 /// A running node.
@@ -82,10 +83,26 @@ impl Node {
             _ => (None, String::new()),
         };
         let path = lane.as_ref().map(|lane| Arc::new(LanePath::new(lane.clone())));
-        let queries = Arc::new(NodeQueries::new(lane.clone()));
+        let followed = path.clone();
+        let followers: Followers = Arc::new(move || {
+            followed.as_ref().and_then(|path| path.warm()).map(|warm| warm.peers()).unwrap_or_default()
+        });
+        let queries = Arc::new(NodeQueries::new(lane.clone(), followers.clone()));
+        let (secret, listen) = (settings.secret.clone(), settings.identity.address);
         let seam = path.clone().map(|path| path as SharedDataPath);
         let cluster = shell::start(settings, seam, queries.clone())?;
         queries.attach(cluster.clone());
+        if let Some(path) = &path {
+            // Before the first tables are installed: these wait for what the standby must know first.
+            let warm = Warm::start(config.id, listen, &secret, path, cluster.view());
+            match warm.map_err(|source| RunError::System {
+                doing: "start exchanging flows with the other balancers".to_owned(),
+                source,
+            })? {
+                Some(warm) => path.set_warm(warm),
+                None => tracing::info!("flows are exchanged with nobody"),
+            }
+        }
 
         let self_health = Arc::new(Mutex::new(SelfHealth::default()));
         let install = Arc::new(Mutex::new(InstallStatus::default()));
@@ -111,6 +128,7 @@ impl Node {
             cluster: cluster.clone(),
             lane,
             lane_reason: lane_reason.into(),
+            followers,
             notices: Arc::new(move || noticing.notices()),
         };
         let admin = tokio::spawn(async move {
@@ -184,6 +202,9 @@ impl Node {
             let _ = tokio::task::spawn_blocking(move || {
                 d.checker.set_targets(Vec::new());
                 drop(d.installer);
+                if let Some(warm) = d.path.warm() {
+                    warm.stop();
+                }
                 d.path.lane().stop();
             })
             .await;

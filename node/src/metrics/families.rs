@@ -13,6 +13,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::Unit;
 
+use super::sharing::SharingSnapshot;
 use crate::health::schedule::CheckStatus;
 
 /// Everything that is exported, at one moment.
@@ -45,6 +46,8 @@ pub struct DataPathSnapshot {
     pub installed_index: u64,
     /// Whether it refused the newest tables.
     pub refused: bool,
+    /// What it exchanges with the other balancers; absent where nothing is.
+    pub sharing: Option<SharingSnapshot>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,11 +67,19 @@ pub(super) struct Definition {
 }
 
 impl Definition {
-    fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Definition {
+    pub(super) fn counter(
+        name: &'static str,
+        labels: &'static [&'static str],
+        help: &'static str,
+    ) -> Definition {
         Definition { name, unit: None, kind: Kind::Counter, labels, help }
     }
 
-    fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str) -> Definition {
+    pub(super) fn gauge(
+        name: &'static str,
+        labels: &'static [&'static str],
+        help: &'static str,
+    ) -> Definition {
         Definition { name, unit: None, kind: Kind::Gauge, labels, help }
     }
 
@@ -136,12 +147,13 @@ pub(super) fn all(s: &Snapshot) -> Vec<Family> {
     groups(s, &mut families);
     backends(s, &mut families);
     data_path(s, &mut families);
+    super::sharing::families(s, &mut families);
     checks(s, &mut families);
     families
 }
 
 /// Collects the samples of one metric.
-fn family(
+pub(super) fn family(
     definition: Definition,
     samples: impl IntoIterator<Item = (Vec<String>, f64)>,
     into: &mut Vec<Family>,
@@ -155,7 +167,7 @@ fn one(value: f64) -> [(Vec<String>, f64); 1] {
     [(Vec::new(), value)]
 }
 
-fn bool_value(b: bool) -> f64 {
+pub(super) fn bool_value(b: bool) -> f64 {
     f64::from(u8::from(b))
 }
 

@@ -5,6 +5,7 @@
 //! `docs/metrics.md` lists the metrics; a test keeps it and [`families`] the same.
 
 pub mod families;
+pub mod sharing;
 
 use std::fmt;
 use std::net::SocketAddr;

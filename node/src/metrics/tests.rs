@@ -16,6 +16,7 @@ use komainu_proto::domain::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::families::DataPathSnapshot;
+use super::sharing::SharingSnapshot;
 use super::*;
 use crate::health::schedule::CheckStatus;
 
@@ -120,6 +121,7 @@ fn full() -> Snapshot {
             counters,
             installed_index: 1,
             refused: false,
+            sharing: Some(SharingSnapshot::default()),
         }),
         checks: vec![CheckStatus {
             backend,

@@ -233,6 +233,11 @@ impl Engine {
             core.tally.event(super::Event::FlowEvicted);
         }
         core.learn(inserted.id);
+        if leased {
+            // News to the standbys of this node, which may have been sent everything already.
+            core.flows.set_told(inserted.id, false);
+            core.tell_noted(inserted.id);
+        }
         Adoption::Taken
     }
 

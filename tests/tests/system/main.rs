@@ -13,6 +13,7 @@ mod interface;
 mod kernel;
 mod mtu;
 mod remote_admin;
+mod standby;
 mod stop;
 mod traffic;
 mod words;

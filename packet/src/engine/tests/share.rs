@@ -91,8 +91,7 @@ fn in_transition(mode: Mode) -> ServicePlan {
 fn flows_of_slots_in_transition_outlive_their_owner_in_every_mode() {
     for mode in [Mode::Dsr, Mode::NatTransparent, Mode::Nat] {
         let (mut owner, outbox, mut standby) = pair(vec![in_transition(mode)]);
-        let ways: HashMap<u16, _> =
-            (2000..3000).map(|port| (port, open(&mut owner, port, mode))).collect();
+        let ways: HashMap<u16, _> = (2000..3000).map(|port| (port, open(&mut owner, port, mode))).collect();
         let news = outbox.take();
         assert!(!news.is_empty() && news.len() <= 1000, "{mode:?}: {}", news.len());
         let adopted = standby.engine.adopt(&news, 1, standby.now);
@@ -146,10 +145,7 @@ fn a_flow_that_idles_out_is_told_as_gone() {
     open(&mut owner, 4000, Mode::Nat);
     outbox.take();
     owner.pass(1800);
-    assert_eq!(
-        outbox.take(),
-        [FlowNews::Gone(FlowName { service: SERVICE, client: client_at(4000) })]
-    );
+    assert_eq!(outbox.take(), [FlowNews::Gone(FlowName { service: SERVICE, client: client_at(4000) })]);
 }
 
 /// Packets of a flow pass at its owner: a standby that let it age would forget it in the middle.

@@ -53,8 +53,8 @@ pub use share::News;
 
 use super::{Counters, FlowFilter, FlowInfo, FlowSharing, Lane, LaneError, LaneKind, LinkInfo, Trace};
 use crate::engine::{
-    self, Adopted, DEFAULT_MAX_FLOWS, DEFAULT_NEW_FLOWS_PER_SECOND, Engine, EngineConfig, FlowCache, FlowNews,
-    FlowRecord, Port,
+    self, Adopted, DEFAULT_MAX_FLOWS, DEFAULT_NEW_FLOWS_PER_SECOND, Engine, EngineConfig, FlowCache,
+    FlowNews, FlowRecord, Port,
 };
 use crate::lease::{Lease, LeaseBoard};
 use crate::netlink::{self, Watch};

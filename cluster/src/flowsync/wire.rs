@@ -1,0 +1,497 @@
+//! Both datagrams on the wire, before sealing.
+//!
+//! Numbers are LEB128 (`v`), addresses and ports in network order. First byte of both: [`VERSION`].
+//!
+//! | report | |
+//! |---|---|
+//! | v | node that sends it |
+//! | 16 bytes | session of the receiver as the sender knows it; zeros: not at all |
+//! | v v | generation that comes in from the receiver (0: none), and how many of its datagrams are applied |
+//! | 8 bytes | bit `i`: the datagram `applied + i` has arrived and waits |
+//!
+//! | data | |
+//! |---|---|
+//! | v v v | node that sends it, generation, number in it |
+//! | v | log index of the sender's tables |
+//! | 1 byte | 1: the generation begins, and the next field is there; 2: with this datagram all flows have been told |
+//! | v, (v v)… | groups with their epochs |
+//! | … | changes, to the end |
+//!
+//! A change is a byte of flags ([`flag`]), then what they don't say to be as in the change before it, in the order service (v),
+//! client (4 or 16 bytes), its port; for a known flow backend (v), progress (1 byte), SNAT address, SNAT port.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use komainu_proto::domain::{BackendId, GroupId, NodeId, ServiceId};
+
+use super::{Change, MAX_LEN, Name, Owned, Record};
+use crate::seal::Session;
+
+const VERSION: u8 = 1;
+const BEGINS: u8 = 1;
+const COMPLETE: u8 = 2;
+/// Groups in one datagram: as many as a document can hold.
+const MAX_SCOPE: usize = crate::state::MAX_GROUPS;
+/// Longest change: flags, three numbers of up to five bytes less one, two IPv6 addresses, two ports, progress.
+const MAX_CHANGE_LEN: usize = 1 + 5 + 16 + 2 + 5 + 1 + 16 + 2;
+
+/// Flags of a change.
+mod flag {
+    /// The flow is gone; the fields after the client's port are missing.
+    pub const GONE: u8 = 1;
+    pub const SAME_SERVICE: u8 = 1 << 1;
+    pub const SAME_CLIENT: u8 = 1 << 2;
+    pub const SAME_BACKEND: u8 = 1 << 3;
+    pub const SAME_PROGRESS: u8 = 1 << 4;
+    pub const SNAT: u8 = 1 << 5;
+    pub const SAME_SNAT: u8 = 1 << 6;
+    /// Addresses that are there are IPv6.
+    pub const V6: u8 = 1 << 7;
+}
+
+/// Why a datagram can't be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Of another version.
+    #[error("it is of version {0}")]
+    Version(u8),
+    /// It ends in the middle of something.
+    #[error("it is cut off")]
+    Short,
+    /// A value that no sender writes.
+    #[error("its field {0} holds what no sender writes")]
+    Field(&'static str),
+}
+
+/// What a node tells of what comes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Who tells.
+    pub from: NodeId,
+    /// The receiver's session as the sender knows it.
+    pub to: Option<Session>,
+    /// Which of the receiver's generations comes in; 0: none.
+    pub generation: u64,
+    /// How many of its datagrams are applied.
+    pub applied: u64,
+    /// Bit `i`: datagram `applied + i` has arrived.
+    pub arrived: u64,
+}
+
+/// Flows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Data {
+    /// Whose.
+    pub from: NodeId,
+    /// Which generation.
+    pub generation: u64,
+    /// Its number in it, from 0.
+    pub number: u64,
+    /// Log index of the sender's tables.
+    pub index: u64,
+    /// The generation's groups; in its first datagram.
+    pub begins: Option<Vec<Owned>>,
+    /// With this datagram all flows have been told.
+    pub complete: bool,
+    /// What happened.
+    pub changes: Vec<Change>,
+}
+
+impl Report {
+    /// On the wire.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        put_number(&mut out, self.from.0);
+        out.extend_from_slice(&self.to.map_or([0; 16], |s| s.0));
+        put_number(&mut out, self.generation);
+        put_number(&mut out, self.applied);
+        out.extend_from_slice(&self.arrived.to_be_bytes());
+        out
+    }
+
+    /// From the wire.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn decode(bytes: &[u8]) -> Result<Report, WireError> {
+        let mut r = Reader::new(bytes)?;
+        let from = NodeId(r.number()?);
+        let to: [u8; 16] = r.array()?;
+        let report = Report {
+            from,
+            to: (to != [0; 16]).then_some(Session(to)),
+            generation: r.number()?,
+            applied: r.number()?,
+            arrived: u64::from_be_bytes(r.array()?),
+        };
+        if r.rest.is_empty() { Ok(report) } else { Err(WireError::Field("end")) }
+    }
+}
+
+impl Data {
+    /// From the wire.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn decode(bytes: &[u8]) -> Result<Data, WireError> {
+        let mut r = Reader::new(bytes)?;
+        let (from, generation, number, index) = (NodeId(r.number()?), r.number()?, r.number()?, r.number()?);
+        let [marks] = r.array()?;
+        if marks & !(BEGINS | COMPLETE) != 0 || generation == 0 {
+            return Err(WireError::Field("marks"));
+        }
+        let begins = if marks & BEGINS != 0 { Some(r.scope()?) } else { None };
+        if begins.is_some() != (number == 0) {
+            return Err(WireError::Field("number"));
+        }
+        let mut changes = Vec::new();
+        let mut context = Context::default();
+        while !r.rest.is_empty() {
+            changes.push(r.change(&mut context)?);
+        }
+        Ok(Data { from, generation, number, index, begins, complete: marks & COMPLETE != 0, changes })
+    }
+}
+
+/// A data datagram that is being written.
+#[derive(Debug)]
+pub(super) struct Writer {
+    out: Vec<u8>,
+    marks_at: usize,
+    context: Context,
+}
+
+impl Writer {
+    /// The datagram with that number of a generation; the first one names its groups.
+    pub(super) fn new(from: NodeId, generation: u64, number: u64, index: u64, scope: &[Owned]) -> Writer {
+        let mut out = Vec::with_capacity(MAX_LEN);
+        out.push(VERSION);
+        for n in [from.0, generation, number, index] {
+            put_number(&mut out, n);
+        }
+        let marks_at = out.len();
+        out.push(if number == 0 { BEGINS } else { 0 });
+        if number == 0 {
+            put_number(&mut out, scope.len() as u64);
+            for owned in scope {
+                put_number(&mut out, u64::from(owned.group.0));
+                put_number(&mut out, owned.epoch);
+            }
+        }
+        Writer { out, marks_at, context: Context::default() }
+    }
+
+    /// Whether any change fits.
+    pub(super) fn has_room(&self) -> bool {
+        self.out.len() + MAX_CHANGE_LEN <= MAX_LEN
+    }
+
+    /// Adds a change; there must be room.
+    pub(super) fn put(&mut self, change: &Change) {
+        let (name, record) = match change {
+            Change::Known(record) => (record.name, Some(record)),
+            Change::Gone(name) => (*name, None),
+        };
+        let same = |is: bool, flag: u8| if is { flag } else { 0 };
+        let c = &self.context;
+        let mut flags = same(c.service == Some(name.service), flag::SAME_SERVICE)
+            | same(c.client == Some(name.client.ip()), flag::SAME_CLIENT)
+            | same(name.client.is_ipv6(), flag::V6);
+        match record {
+            None => flags |= flag::GONE,
+            Some(r) => {
+                flags |= same(c.backend == Some(r.backend), flag::SAME_BACKEND)
+                    | same(c.progress == Some(r.progress), flag::SAME_PROGRESS);
+                if let Some(snat) = r.snat {
+                    flags |= flag::SNAT | same(c.snat == Some(snat.ip()), flag::SAME_SNAT);
+                }
+            }
+        }
+        let out = &mut self.out;
+        out.push(flags);
+        if flags & flag::SAME_SERVICE == 0 {
+            put_number(out, u64::from(name.service.0));
+        }
+        if flags & flag::SAME_CLIENT == 0 {
+            put_address(out, name.client.ip());
+        }
+        out.extend_from_slice(&name.client.port().to_be_bytes());
+        if let Some(r) = record {
+            if flags & flag::SAME_BACKEND == 0 {
+                put_number(out, u64::from(r.backend.0));
+            }
+            if flags & flag::SAME_PROGRESS == 0 {
+                out.push(r.progress);
+            }
+            if let Some(snat) = r.snat {
+                if flags & flag::SAME_SNAT == 0 {
+                    put_address(out, snat.ip());
+                }
+                out.extend_from_slice(&snat.port().to_be_bytes());
+            }
+        }
+        self.context.note(change);
+    }
+
+    /// The datagram.
+    pub(super) fn finish(mut self, complete: bool) -> Vec<u8> {
+        if complete {
+            self.out[self.marks_at] |= COMPLETE;
+        }
+        self.out
+    }
+}
+
+/// What the next change may refer to. Each datagram begins without, so that it can be read alone.
+#[derive(Debug, Default)]
+struct Context {
+    service: Option<ServiceId>,
+    client: Option<IpAddr>,
+    backend: Option<BackendId>,
+    progress: Option<u8>,
+    snat: Option<IpAddr>,
+}
+
+impl Context {
+    fn note(&mut self, change: &Change) {
+        let name = match change {
+            Change::Gone(name) => name,
+            Change::Known(record) => {
+                self.backend = Some(record.backend);
+                self.progress = Some(record.progress);
+                self.snat = record.snat.map(|s| s.ip()).or(self.snat);
+                &record.name
+            }
+        };
+        self.service = Some(name.service);
+        self.client = Some(name.client.ip());
+    }
+}
+
+fn put_number(out: &mut Vec<u8>, mut n: u64) {
+    while n >= 0x80 {
+        out.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    out.push(n as u8);
+}
+
+fn put_address(out: &mut Vec<u8>, address: IpAddr) {
+    match address {
+        IpAddr::V4(a) => out.extend_from_slice(&a.octets()),
+        IpAddr::V6(a) => out.extend_from_slice(&a.octets()),
+    }
+}
+
+struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn new(bytes: &'a [u8]) -> Result<Reader<'a>, WireError> {
+        match bytes {
+            [VERSION, rest @ ..] => Ok(Reader { rest }),
+            [other, ..] => Err(WireError::Version(*other)),
+            [] => Err(WireError::Short),
+        }
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (array, rest) = self.rest.split_first_chunk::<N>().ok_or(WireError::Short)?;
+        self.rest = rest;
+        Ok(*array)
+    }
+
+    fn number(&mut self) -> Result<u64, WireError> {
+        let mut n = 0u64;
+        for shift in (0..64).step_by(7) {
+            let [byte] = self.array()?;
+            let bits = u64::from(byte & 0x7f);
+            if shift == 63 && bits > 1 {
+                break;
+            }
+            n |= bits << shift;
+            if byte & 0x80 == 0 {
+                return Ok(n);
+            }
+        }
+        Err(WireError::Field("number"))
+    }
+
+    fn small(&mut self, field: &'static str) -> Result<u32, WireError> {
+        u32::try_from(self.number()?).map_err(|_| WireError::Field(field))
+    }
+
+    fn address(&mut self, v6: bool) -> Result<IpAddr, WireError> {
+        Ok(if v6 {
+            Ipv6Addr::from(self.array::<16>()?).into()
+        } else {
+            Ipv4Addr::from(self.array::<4>()?).into()
+        })
+    }
+
+    fn port(&mut self) -> Result<u16, WireError> {
+        Ok(u16::from_be_bytes(self.array()?))
+    }
+
+    fn scope(&mut self) -> Result<Vec<Owned>, WireError> {
+        let len = self.number()?;
+        if len > MAX_SCOPE as u64 {
+            return Err(WireError::Field("groups"));
+        }
+        (0..len).map(|_| Ok(Owned { group: GroupId(self.small("group")?), epoch: self.number()? })).collect()
+    }
+
+    fn change(&mut self, context: &mut Context) -> Result<Change, WireError> {
+        let [flags] = self.array()?;
+        let has = |flag: u8| flags & flag != 0;
+        let service = match (has(flag::SAME_SERVICE), context.service) {
+            (false, _) => ServiceId(self.small("service")?),
+            (true, Some(service)) => service,
+            (true, None) => return Err(WireError::Field("service")),
+        };
+        let v6 = has(flag::V6);
+        let address = match (has(flag::SAME_CLIENT), context.client) {
+            (false, _) => self.address(v6)?,
+            (true, Some(address)) if address.is_ipv6() == v6 => address,
+            (true, _) => return Err(WireError::Field("client")),
+        };
+        let name = Name { service, client: SocketAddr::new(address, self.port()?) };
+        let change = if has(flag::GONE) {
+            Change::Gone(name)
+        } else {
+            let backend = match (has(flag::SAME_BACKEND), context.backend) {
+                (false, _) => BackendId(self.small("backend")?),
+                (true, Some(backend)) => backend,
+                (true, None) => return Err(WireError::Field("backend")),
+            };
+            let progress = match (has(flag::SAME_PROGRESS), context.progress) {
+                (false, _) => self.array::<1>()?[0],
+                (true, Some(progress)) => progress,
+                (true, None) => return Err(WireError::Field("progress")),
+            };
+            let snat = if has(flag::SNAT) {
+                let address = match (has(flag::SAME_SNAT), context.snat) {
+                    (false, _) => self.address(v6)?,
+                    (true, Some(address)) => address,
+                    (true, None) => return Err(WireError::Field("snat")),
+                };
+                Some(SocketAddr::new(address, self.port()?))
+            } else {
+                None
+            };
+            Change::Known(Record { name, backend, snat, progress })
+        };
+        context.note(&change);
+        Ok(change)
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    prop_compose! {
+        fn any_name()(service in 0u32..3, v6: bool, address in 0u8..3, port: u16) -> Name {
+            let ip: IpAddr = match v6 {
+                true => Ipv6Addr::from(u128::from(address)).into(),
+                false => Ipv4Addr::new(198, 51, 100, address).into(),
+            };
+            Name { service: ServiceId(service), client: SocketAddr::new(ip, port) }
+        }
+    }
+
+    prop_compose! {
+        pub fn any_change()(
+            name in any_name(), gone: bool, backend in 0u32..300, snat in prop::option::of((0u8..2, any::<u16>())),
+            progress in 0u8..3,
+        ) -> Change {
+            let snat = snat.map(|(last, port)| {
+                let ip: IpAddr = match name.client.is_ipv6() {
+                    true => Ipv6Addr::from(u128::from(last) << 64).into(),
+                    false => Ipv4Addr::new(192, 0, 2, last).into(),
+                };
+                SocketAddr::new(ip, port)
+            });
+            match gone {
+                true => Change::Gone(name),
+                false => Change::Known(Record { name, backend: BackendId(backend), snat, progress }),
+            }
+        }
+    }
+
+    fn write(scope: &[Owned], number: u64, changes: &[Change]) -> (Vec<u8>, usize) {
+        let mut writer = Writer::new(NodeId(7), 3, number, 1 << 40, scope);
+        let mut written = 0;
+        for change in changes {
+            if !writer.has_room() {
+                break;
+            }
+            writer.put(change);
+            written += 1;
+        }
+        (writer.finish(true), written)
+    }
+
+    proptest! {
+        #[test]
+        fn data_survives_the_wire(changes in prop::collection::vec(any_change(), 0..200), number in 0u64..2) {
+            let scope = [Owned { group: GroupId(1), epoch: 400 }, Owned { group: GroupId(300), epoch: 2 }];
+            let (bytes, written) = write(&scope, number, &changes);
+            prop_assert!(bytes.len() <= MAX_LEN);
+            let data = Data::decode(&bytes).unwrap();
+            prop_assert_eq!(&data.changes[..], &changes[..written]);
+            prop_assert_eq!(data.begins, (number == 0).then(|| scope.to_vec()));
+            prop_assert_eq!((data.from, data.generation, data.number, data.index, data.complete),
+                (NodeId(7), 3, number, 1 << 40, true));
+        }
+
+        #[test]
+        fn a_report_survives_the_wire(from: u16, to: [u8; 16], generation: u64, applied: u64, arrived: u64) {
+            let to = (to != [0; 16]).then_some(Session(to));
+            let report = Report { from: NodeId(from.into()), to, generation, applied, arrived };
+            prop_assert_eq!(Report::decode(&report.encode()), Ok(report));
+        }
+
+        #[test]
+        fn no_datagram_panics(mut bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            if let Some(first) = bytes.first_mut() {
+                *first &= 1;
+            }
+            let _ = Report::decode(&bytes);
+            let _ = Data::decode(&bytes);
+        }
+    }
+
+    /// What the issue of this protocol promises: below 32 bytes for a flow of `nat`, its beginning and end, headers included.
+    #[test]
+    fn a_flow_of_nat_over_ipv4_takes_less_than_32_bytes() {
+        let name = |n: u16| Name {
+            service: ServiceId(5),
+            client: SocketAddr::from(([198, 51, (n >> 8) as u8, n as u8], 40_000 + n)),
+        };
+        let known = |n: u16| {
+            Change::Known(Record {
+                name: name(n),
+                backend: BackendId(u32::from(n % 3)),
+                snat: Some(([192, 0, 2, 101], 2000 + n).into()),
+                progress: 0x61,
+            })
+        };
+        let mut flows = 0;
+        let mut writer = Writer::new(NodeId(1), 9, 1000, 100_000, &[]);
+        while writer.has_room() {
+            writer.put(&known(flows));
+            if writer.has_room() {
+                writer.put(&Change::Gone(name(flows)));
+            }
+            flows += 1;
+        }
+        // The seal, UDP and IPv4.
+        let bytes = writer.finish(false).len() + crate::seal::OVERHEAD + 8 + 20;
+        let each = bytes as f64 / f64::from(flows);
+        assert!(each < 21.0, "{each}");
+    }
+}
