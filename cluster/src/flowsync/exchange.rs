@@ -337,8 +337,9 @@ impl Exchange {
         status.collect()
     }
 
-    /// This moment in the streams to the peers that are in step.
-    pub fn moment(&self) -> Moment {
+    /// This moment in the streams to the peers that are in step, which are asked to acknowledge it at once.
+    pub fn moment(&mut self) -> Moment {
+        self.peers.values_mut().filter(|l| l.sending.is_live()).for_each(|l| l.sending.hurry());
         let live = self.peers.iter().filter(|(_, link)| link.sending.is_live());
         Moment(live.map(|(&peer, l)| (peer, l.sending.generation(), l.sending.progress().0)).collect())
     }

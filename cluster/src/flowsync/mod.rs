@@ -57,13 +57,14 @@ pub const WINDOW: u64 = 64;
 pub const MAX_PENDING: usize = 1 << 17;
 /// Flows are asked for in pieces while fewer than this wait.
 const DUMP_BELOW: usize = 4096;
-/// How long a change waits for others to share its datagram: what an owner's death may take with it.
-pub const GATHER: Duration = Duration::from_millis(5);
+/// How long a change waits for others to share its datagram: what an owner's death may take with it, against 80 bytes of seal and
+/// headers for each datagram.
+pub const GATHER: Duration = Duration::from_millis(10);
 /// An acknowledgement waits for others at most so long, or for [`ACK_EVERY`] datagrams.
-const ACK_DELAY: Duration = Duration::from_millis(20);
+const ACK_DELAY: Duration = Duration::from_millis(40);
 const ACK_EVERY: u64 = 16;
-/// A datagram that nobody has acknowledged is sent again after this, several times [`ACK_DELAY`]; twice as long each time.
-const RESEND: Duration = Duration::from_millis(60);
+/// A datagram that nobody has acknowledged is sent again after this, more than [`ACK_DELAY`]; twice as long each time.
+const RESEND: Duration = Duration::from_millis(100);
 const RESEND_MOST: Duration = Duration::from_secs(1);
 /// One that is missing while later ones have arrived is sent again after this: more than datagrams overtake each other by.
 const RESEND_MISSING: Duration = Duration::from_millis(5);

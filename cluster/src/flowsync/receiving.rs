@@ -63,10 +63,10 @@ impl Receiving {
 
     /// The datagram that [`Receiving::next`] gave is applied.
     pub(super) fn applied(&mut self, now: Instant) {
-        if self.waiting.remove(&self.next).is_some() {
+        if let Some(data) = self.waiting.remove(&self.next) {
             self.next += 1;
             let (since, count) = self.unreported.unwrap_or((now, 0));
-            self.unreported = Some((since, count));
+            self.unreported = Some((since, if data.urgent { ACK_EVERY } else { count }));
         }
     }
 

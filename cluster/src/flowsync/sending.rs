@@ -32,6 +32,8 @@ pub(super) struct Sending {
     complete_at: Option<u64>,
     window: VecDeque<Sent>,
     next_number: u64,
+    /// Somebody waits for what is under way to be applied.
+    urgent: bool,
     /// The highest number that has arrived.
     highest: Option<u64>,
     /// Datagrams of the running tick, and when it began.
@@ -159,6 +161,11 @@ impl Sending {
         self.came += 1;
     }
 
+    /// Somebody waits for everything that came so far to be applied.
+    pub(super) fn hurry(&mut self) {
+        self.urgent = self.came > self.applied;
+    }
+
     /// What the peer says has come in; reports come in the order in which they were sent. A peer that has forgotten what it
     /// said before is told everything anew.
     pub(super) fn handle_report(&mut self, generation: u64, applied: u64, arrived: u64) {
@@ -233,7 +240,10 @@ impl Sending {
         if completes {
             self.complete_at = None;
         }
-        let bytes = writer.finish(completes);
+        // Not before the last of what somebody waits for.
+        let urgent = self.urgent && self.pending.is_empty();
+        self.urgent &= !urgent;
+        let bytes = writer.finish(completes, urgent);
         self.next_number += 1;
         self.window.push_back(Sent {
             number,
@@ -254,6 +264,7 @@ impl Sending {
     /// When a new datagram is to leave, should there be room.
     fn new_due(&self) -> Option<Instant> {
         if self.next_number == 0
+            || self.urgent
             || self.pending.len() >= FULL
             || self.complete_at.is_some_and(|at| at <= self.left)
         {

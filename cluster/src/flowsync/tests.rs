@@ -297,9 +297,9 @@ fn a_standby_follows_within_milliseconds() {
     w.known(0, 9000, 2);
     w.gone(0, 17);
     assert_eq!(w.status(0, 2).lag, Some(2));
-    w.run(8);
+    w.run(13);
     assert!(w.same());
-    w.run(30);
+    w.run(50);
     assert_eq!(w.status(0, 2).lag, Some(0));
 }
 
@@ -321,15 +321,13 @@ fn a_flow_of_nat_costs_less_than_32_bytes_both_ways_and_all_headers_counted() {
     w.own(0, 1);
     w.run(100);
     let before: u64 = w.nodes.iter().map(|n| n.sent_bytes).sum();
-    // 2000 a second, each known and gone a second later.
-    for ms in 0..5000u16 {
-        if ms < 4000 {
-            w.known(0, ms * 2, 1);
-            w.known(0, ms * 2 + 1, 2);
+    // 1000 a second, each known and gone a second later.
+    for ms in 0..9000u16 {
+        if ms < 8000 {
+            w.known(0, ms, u32::from(ms % 3));
         }
         if ms >= 1000 {
-            w.gone(0, (ms - 1000) * 2);
-            w.gone(0, (ms - 1000) * 2 + 1);
+            w.gone(0, ms - 1000);
         }
         w.run(1);
     }
@@ -353,7 +351,7 @@ fn what_came_by_newer_tables_waits_for_them() {
     assert_eq!(w.status(0, 2).lag, Some(1));
     assert!(w.nodes[1].exchange.waits_for(7) && !w.nodes[1].exchange.waits_for(6));
     w.nodes[1].installed = 7;
-    w.run(30);
+    w.run(50);
     assert!(w.same());
     assert_eq!(w.status(0, 2).lag, Some(0));
 }
@@ -438,7 +436,8 @@ fn barriers_wait_for_what_was_told_before() {
     let moment = w.nodes[0].exchange.moment();
     assert!(!w.nodes[0].exchange.is_past(&moment));
     w.known(0, 2, 1);
-    w.run(40);
+    // Two ways and no waiting for others.
+    w.run(3);
     assert!(w.nodes[0].exchange.is_past(&moment));
     assert!(w.nodes[1].table.by_name.contains_key(&name(1)));
 }
@@ -458,7 +457,7 @@ fn what_was_recorded_before_a_restart_is_not_taken_in() {
     let old = w.nodes[0].session;
     let mut writer = wire::Writer::new(NodeId(1), 99, 0, 1, &[Owned { group: G, epoch: 1 }]);
     writer.put(&Change::Known(record(77, 1)));
-    let recorded = writer.finish(true);
+    let recorded = writer.finish(true, false);
     w.nodes[0].table = Table::default();
     w.start(0);
     w.own(0, 2);
@@ -525,13 +524,13 @@ fn a_late_report_of_an_earlier_process_holds_nothing_up_for_long() {
         w.known(0, n, 1);
     }
     w.run(150);
-    for (after, restarts) in [(0, 1), (400, 2)] {
+    for after in [0, 400] {
         w.run(after);
         w.arrive(1, Kind::FlowReport, &report_context(NodeId(2)), (old, 5000 + after), &late.encode());
-        w.known(0, 900 + restarts as u16, 1);
+        w.known(0, 900 + after as u16, 1);
         w.run(1500);
         assert!(w.same() && w.status(0, 2).caught_up);
-        assert!(w.status(0, 2).restarts <= restarts, "{}", w.status(0, 2).restarts);
+        assert_eq!(w.status(0, 2).lag, Some(0));
     }
 }
 

@@ -13,7 +13,7 @@
 //! |---|---|
 //! | v v v | node that sends it, generation, number in it |
 //! | v | log index of the sender's tables |
-//! | 1 byte | 1: the generation begins, and the next field is there; 2: with this datagram all flows have been told |
+//! | 1 byte | 1: the generation begins, and the next field is there; 2: with this datagram all flows have been told; 4: a report is wanted at once |
 //! | v, (v v)… | groups with their epochs |
 //! | … | changes, to the end |
 //!
@@ -30,6 +30,7 @@ use crate::seal::Session;
 const VERSION: u8 = 1;
 const BEGINS: u8 = 1;
 const COMPLETE: u8 = 2;
+const URGENT: u8 = 4;
 /// Groups in one datagram: as many as a document can hold.
 const MAX_SCOPE: usize = crate::state::MAX_GROUPS;
 /// Longest change: flags, three numbers of up to five bytes less one, two IPv6 addresses, two ports, progress.
@@ -93,6 +94,8 @@ pub struct Data {
     pub begins: Option<Vec<Owned>>,
     /// With this datagram all flows have been told.
     pub complete: bool,
+    /// The sender waits for its acknowledgement.
+    pub urgent: bool,
     /// What happened.
     pub changes: Vec<Change>,
 }
@@ -137,7 +140,7 @@ impl Data {
         let mut r = Reader::new(bytes)?;
         let (from, generation, number, index) = (NodeId(r.number()?), r.number()?, r.number()?, r.number()?);
         let [marks] = r.array()?;
-        if marks & !(BEGINS | COMPLETE) != 0 || generation == 0 {
+        if marks & !(BEGINS | COMPLETE | URGENT) != 0 || generation == 0 {
             return Err(WireError::Field("marks"));
         }
         let begins = if marks & BEGINS != 0 { Some(r.scope()?) } else { None };
@@ -149,7 +152,8 @@ impl Data {
         while !r.rest.is_empty() {
             changes.push(r.change(&mut context)?);
         }
-        Ok(Data { from, generation, number, index, begins, complete: marks & COMPLETE != 0, changes })
+        let (complete, urgent) = (marks & COMPLETE != 0, marks & URGENT != 0);
+        Ok(Data { from, generation, number, index, begins, complete, urgent, changes })
     }
 }
 
@@ -234,10 +238,9 @@ impl Writer {
     }
 
     /// The datagram.
-    pub(super) fn finish(mut self, complete: bool) -> Vec<u8> {
-        if complete {
-            self.out[self.marks_at] |= COMPLETE;
-        }
+    pub(super) fn finish(mut self, complete: bool, urgent: bool) -> Vec<u8> {
+        let marks = if complete { COMPLETE } else { 0 } | if urgent { URGENT } else { 0 };
+        self.out[self.marks_at] |= marks;
         self.out
     }
 }
@@ -432,7 +435,7 @@ pub(super) mod tests {
             writer.put(change);
             written += 1;
         }
-        (writer.finish(true), written)
+        (writer.finish(true, number == 0), written)
     }
 
     proptest! {
@@ -443,6 +446,7 @@ pub(super) mod tests {
             prop_assert!(bytes.len() <= MAX_LEN);
             let data = Data::decode(&bytes).unwrap();
             prop_assert_eq!(&data.changes[..], &changes[..written]);
+            prop_assert_eq!(data.urgent, number == 0);
             prop_assert_eq!(data.begins, (number == 0).then(|| scope.to_vec()));
             prop_assert_eq!((data.from, data.generation, data.number, data.index, data.complete),
                 (NodeId(7), 3, number, 1 << 40, true));
@@ -490,7 +494,7 @@ pub(super) mod tests {
             flows += 1;
         }
         // The seal, UDP and IPv4.
-        let bytes = writer.finish(false).len() + crate::seal::OVERHEAD + 8 + 20;
+        let bytes = writer.finish(false, false).len() + crate::seal::OVERHEAD + 8 + 20;
         let each = bytes as f64 / f64::from(flows);
         assert!(each < 21.0, "{each}");
     }

@@ -187,6 +187,42 @@ mod tests {
     }
 
     #[test]
+    fn an_owner_says_who_lacks_its_flows() {
+        let mut view = view(Role::Balancer, Some(4));
+        let other = NodeIdentity {
+            id: NodeId(5),
+            name: "lb5".to_owned(),
+            role: Role::Balancer,
+            address: "192.0.2.5:7800".parse().unwrap(),
+        };
+        view.members.push(MemberView {
+            node: other,
+            raft_id: Some(5),
+            voter: true,
+            alive: true,
+            since_beat: None,
+            version: String::new(),
+            health: None,
+        });
+        let peer = |caught_up| PeerStatus {
+            node: NodeId(5),
+            heard: true,
+            caught_up,
+            lag: caught_up.then_some(0),
+            restarts: 1,
+            resent: 0,
+        };
+        assert!(not_caught_up(&view, vec![peer(true)]).is_empty());
+        assert!(not_caught_up(&view, vec![peer(false)])[0].starts_with("node lb5 has not caught up"));
+        // A dead one is told of anyway, and whoever owns nothing sends nothing.
+        view.members[0].alive = false;
+        assert!(not_caught_up(&view, vec![peer(false)]).is_empty());
+        view.members[0].alive = true;
+        view.node.id = NodeId(9);
+        assert!(not_caught_up(&view, vec![peer(false)]).is_empty());
+    }
+
+    #[test]
     fn a_node_that_is_no_member_says_how_it_becomes_one() {
         let told = not_admitted(&view(Role::Balancer, Some(1))).unwrap();
         assert!(told.contains("komainu node join 4 lb4 192.0.2.4:7800 --role balancer"), "{told}");

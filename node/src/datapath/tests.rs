@@ -210,3 +210,18 @@ fn an_older_state_is_not_taken() {
     bench.wait_for_index(index);
     assert_eq!(bench.plans().len(), 2);
 }
+
+#[test]
+fn leases_are_told_with_their_group_and_epoch() {
+    let path = LanePath::new(Arc::new(Recorder::default()));
+    assert_eq!(path.leases(), []);
+    let lease = |epoch, until| LeaseUpdate { epoch, answer_until: Instant(1), forward_until: Instant(until) };
+    path.set_lease(GroupId(3), lease(1, 50));
+    path.set_lease(GroupId(3), lease(2, 70));
+    // The same cell.
+    path.set_lease(GroupId(5), lease(9, 10));
+    path.set_lease(GroupId(5 + MAX_GROUPS as u32), lease(4, 60));
+    let held: Vec<_> = path.leases().iter().map(|l| (l.group.0, l.epoch, l.forward_until.0)).collect();
+    assert_eq!(held, [(3, 2, 70), (5 + MAX_GROUPS as u32, 4, 60)]);
+    assert_eq!(path.forwards_until(), BootTime(70));
+}

@@ -1,6 +1,7 @@
 //! What a standby knows: connections that outlive their owner.
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use komainu_lab::Lab;
@@ -18,6 +19,8 @@ const INTERVAL: Duration = Duration::from_secs(4);
 const FILL: Duration = Duration::from_secs(60);
 /// How long a connection may take to answer after a failover: its segments are sent again at growing intervals.
 const ROLL: Duration = Duration::from_secs(30);
+/// Where a node shows its metrics.
+const METRICS: &str = "127.0.0.1:7802";
 /// Modes, and the ports of their echo services: `dsr` can't change ports.
 const MODES: [(&str, u16); 3] = [("nat", 71), ("nat-transparent", 72), ("dsr", ECHO)];
 const BACKENDS: Standard =
@@ -135,4 +138,57 @@ fn a_standby_that_is_gone_lacks_everything_until_it_is_back_and_has_caught_up() 
     assert_eq!(bed.owner_other_than(&owner), standby);
     let roll = crowd.roll_call(ROLL);
     assert_eq!((roll.alive, roll.broken), (200, 0), "{roll:?}");
+}
+
+/// Value of a series on a node's metrics page.
+fn metric(bed: &Bed, node: &str, series: &str) -> u64 {
+    let page = bed.host(node).run(|| {
+        let mut stream = TcpStream::connect(METRICS).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        let mut page = String::new();
+        stream.read_to_string(&mut page).unwrap();
+        page
+    });
+    let line = page.lines().find(|l| l.starts_with(series)).unwrap_or_else(|| panic!("{series} in {page}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Settled services of `dsr` and `nat-transparent` need no flow on the standby; `nat` a few bytes for each.
+#[test]
+fn only_flows_that_the_tables_do_not_tell_are_sent() {
+    let mut bed = Bed::idle(Machine::Alone, BACKENDS);
+    for node in ["lb1", "lb2"] {
+        bed.cluster.configure(node, &format!("[metrics]\nlisten = \"{METRICS}\"\n")).unwrap();
+    }
+    bed.cluster.start_all().unwrap();
+    bed.cluster.wait_formed(SOON).unwrap();
+    let document = document(&bed.cluster.lab, true);
+    bed.cluster.apply("lb1", &document).unwrap();
+    let owner = bed.owner();
+    bed.cluster.wait_all_up(SOON).unwrap();
+    caught_up(&bed, &owner);
+    let standby = bed.other_than(&owner);
+    // UDP and IPv4 headers included.
+    let sent = |bed: &Bed| -> u64 {
+        let of = |node: &str, what: &str| {
+            metric(bed, node, &format!("komainu_flow_sync_{what}_total{{what=\"sent\"}}"))
+        };
+        ["lb1", "lb2"].iter().map(|node| of(node, "bytes") + 28 * of(node, "datagrams")).sum()
+    };
+    let adopted = |bed: &Bed| metric(bed, &standby, "komainu_flow_sync_flows_total{what=\"adopted\"}");
+    for (mode, port) in MODES {
+        let (bytes, flows) = (sent(&bed), adopted(&bed));
+        let crowd = Crowd::start(bed.client(), (vip(0), port).into(), CROWD, INTERVAL).unwrap();
+        let began = std::time::Instant::now();
+        crowd.fill(FILL).unwrap();
+        let took = began.elapsed();
+        caught_up(&bed, &owner);
+        let (bytes, flows) = (sent(&bed) - bytes, adopted(&bed) - flows);
+        println!(
+            "{mode}: {bytes} bytes for {CROWD} connections opened within {took:?}, {flows} of them told"
+        );
+        // A few may have been closed by the client while they were being opened, and told twice.
+        let expected = if mode == "nat" { CROWD as u64..2 * CROWD as u64 } else { 0..1 };
+        assert!(expected.contains(&flows), "{mode}: {flows}");
+    }
 }
