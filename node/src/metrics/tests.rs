@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use komainu_cluster::api::NodeIdentity;
+use komainu_cluster::flowsync::PeerStatus;
 use komainu_cluster::shell::{LeaseView, MemberView, Quorum, View};
 use komainu_cluster::state::{Change, Command, State};
 use komainu_cluster::time::Instant;
@@ -121,7 +122,19 @@ fn full() -> Snapshot {
             counters,
             installed_index: 1,
             refused: false,
-            sharing: Some(SharingSnapshot::default()),
+            sharing: Some(SharingSnapshot {
+                peers: vec![PeerStatus {
+                    node: NodeId(2),
+                    heard: true,
+                    caught_up: true,
+                    lag: Some(3),
+                    restarts: 1,
+                    resent: 0,
+                }],
+                datagrams: [("sent", 9), ("received", 8), ("refused", 0)],
+                bytes: [("sent", 900), ("received", 800)],
+                flows: [("adopted", 7), ("rejected", 0), ("full", 0)],
+            }),
         }),
         checks: vec![CheckStatus {
             backend,
