@@ -509,6 +509,10 @@ impl World {
             }
         }
         assert_eq!(alone, beside, "history {} after frame {}", self.seed, self.frames);
+        // Nothing stays behind of flows that were forgotten.
+        let remembered = usize::try_from(self.beside.counters(now).flows).unwrap();
+        let (flows, bound) = self.maps.count_flows().unwrap();
+        assert!(flows <= remembered && bound <= flows, "{bound} and {flows} of {remembered} flows");
         self.check_filters(now);
     }
 

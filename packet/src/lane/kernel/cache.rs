@@ -92,10 +92,10 @@ impl Cache {
         let key = FlowKey::from(&client);
         let steady = if flow.is_steady() { abi::FLOW_STEADY } else { 0 };
         let flags = steady | if bound.is_some() { abi::FLOW_BOUND } else { 0 };
+        if !is_written(flow) {
+            return self.erase(flow);
+        }
         if let Some(bound) = &bound {
-            if steady == 0 {
-                return self.erase(flow);
-            }
             let cell = BoundCell {
                 last_seen: flow.last_seen().0,
                 backend: flow.backend,
@@ -138,10 +138,17 @@ impl Cache {
     }
 }
 
+/// Whether the program knows a flow that is as this one is now.
+fn is_written(flow: &Flow) -> bool {
+    flow.is_steady() || flow.backend_side().is_none()
+}
+
 impl FlowCache for Cache {
     fn remember(&mut self, flow: &Flow, hash: u32) {
         self.count(flow, hash);
-        self.change(flow);
+        if is_written(flow) {
+            self.change(flow);
+        }
     }
 
     fn change(&mut self, flow: &Flow) {
@@ -158,7 +165,9 @@ impl FlowCache for Cache {
     }
 
     fn forget(&mut self, flow: &Flow, hash: u32) {
-        if let Err(error) = self.erase(flow) {
+        if is_written(flow)
+            && let Err(error) = self.erase(flow)
+        {
             tracing::warn!(%error, "a flow could not be taken from the program");
         }
         self.discount(flow, hash);

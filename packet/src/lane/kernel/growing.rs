@@ -106,6 +106,18 @@ impl<K: Plain, V: Plain> Growing<K, V> {
         sys::delete(self.inner().map.as_fd(), key)
     }
 
+    /// Counts the entries, one by one.
+    pub(super) fn len(&self) -> io::Result<usize> {
+        let inner = self.inner();
+        let mut n = 0;
+        let mut at: Option<K> = sys::next_key(inner.map.as_fd(), None)?;
+        while let Some(key) = at {
+            n += 1;
+            at = sys::next_key(inner.map.as_fd(), Some(&key))?;
+        }
+        Ok(n)
+    }
+
     /// Removes every entry. The next key is asked for while the last one is still there: behind one that is gone the kernel starts
     /// anew, and all of it would take the square of the time.
     pub(super) fn clear(&self) -> io::Result<()> {

@@ -513,6 +513,14 @@ impl Maps {
         self.flows.put_all(keys, cells)
     }
 
+    /// Counts what there is of flows, one by one: of the client's side, of the backend's side.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn count_flows(&self) -> io::Result<(usize, usize)> {
+        Ok((self.flows.len()?, self.bound.len()?))
+    }
+
     /// Removes every flow, both sides, and with them what services remember.
     ///
     /// # Errors
