@@ -109,7 +109,7 @@ impl metrics::Source for Facts {
             counters: d.path.lane().counters(),
             installed_index: d.path.installed_index(),
             refused: lock(&d.install).refused.is_some(),
-            sharing: d.path.warm().map(|warm| SharingSnapshot::of(warm)),
+            sharing: d.path.warm().map(SharingSnapshot::of),
         });
         Snapshot {
             view: self.cluster.live(),
