@@ -59,10 +59,13 @@ struct Node {
     sent_bytes: u64,
 }
 
+/// A datagram for the node of this index: its kind, its context, the session and counter of its seal, its bytes.
+type Arrival = (usize, Kind, Vec<u8>, (Session, u64), Vec<u8>);
+
 struct World {
     nodes: Vec<Node>,
     /// Arrivals by time, then by order of sending.
-    network: BTreeMap<(u64, u64), (usize, Kind, Vec<u8>, (Session, u64), Vec<u8>)>,
+    network: BTreeMap<(u64, u64), Arrival>,
     now: u64,
     order: u64,
     rng: StdRng,
