@@ -1,13 +1,16 @@
 //! A lane in a host of the lab, without daemon and cluster: plan, leases and announcements come from the test.
 
+use std::fs;
+use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use komainu_lab::Lab;
 use komainu_lab::topology::addr;
+use komainu_lab::{Host, Lab};
 use komainu_packet::lane::af_packet::AfPacketConfig;
 use komainu_packet::lane::{self, LaneError, LaneKind, SharedLane};
 use komainu_packet::lease::Lease;
@@ -32,6 +35,29 @@ pub fn start(lab: &Lab, host: &str, kind: LaneKind, config: AfPacketConfig) -> R
         lab.ready_for_xdp(&[host]).expect("the lab can be made fit for XDP");
     }
     lab.host(host).run(|| lane::start(kind, config))
+}
+
+/// Processor time that the threads of a host's lanes have used since they started (`/proc/PID/task/TID/schedstat`).
+///
+/// # Errors
+/// The lists of this process's threads can't be read.
+pub fn processor_time(host: &Host) -> io::Result<Duration> {
+    let namespace = host.run(|| fs::metadata("/proc/thread-self/ns/net"))?.ino();
+    let mut total = Duration::ZERO;
+    for task in fs::read_dir("/proc/self/task")? {
+        let task = task?.path();
+        // A thread may end while the list is read.
+        let (Ok(name), Ok(at)) = (fs::read_to_string(task.join("comm")), fs::metadata(task.join("ns/net")))
+        else {
+            continue;
+        };
+        if at.ino() == namespace && matches!(name.trim(), "komainu-lane" | "komainu-netlink") {
+            let stat = fs::read_to_string(task.join("schedstat"))?;
+            let ns = stat.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
+            total += Duration::from_nanos(ns);
+        }
+    }
+    Ok(total)
 }
 
 /// Makes of each function that takes a [`LaneKind`] one test for each lane.

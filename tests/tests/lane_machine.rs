@@ -280,7 +280,29 @@ fn a_driver_that_takes_no_xdp_program_gets_tc_instead_of_a_slow_one() {
     assert!(choice.reason.contains("driver"), "{choice:?}");
 }
 
+/// Guards against a wake-up by the netlink thread that nobody took off: a lane that had the picture already never slept again.
+fn a_lane_at_rest_sleeps(kind: LaneKind) {
+    const WATCHED: Duration = Duration::from_secs(1);
+    let lab = lab();
+    let lane = lane::start(&lab, "lb1", kind, config()).unwrap();
+    let renewer = Renewer::start(Arc::clone(&lane));
+    for changes in [0, 30] {
+        for _ in 0..changes {
+            ip(&lab, "lb1", "neighbour replace 192.0.2.77 lladdr 02:00:00:00:00:77 dev eth0");
+            ip(&lab, "lb1", "neighbour delete 192.0.2.77 dev eth0");
+        }
+        let before = lane::processor_time(lab.host("lb1")).unwrap();
+        assert!(!before.is_zero(), "the lane's threads were not found");
+        std::thread::sleep(WATCHED);
+        let used = lane::processor_time(lab.host("lb1")).unwrap() - before;
+        assert!(used < WATCHED / 4, "{used:?} of processor time in {WATCHED:?} without a packet");
+    }
+    drop(renewer);
+    lane.stop();
+}
+
 komainu_tests::on_every_lane!(
+    a_lane_at_rest_sleeps,
     a_link_that_goes_down_is_told_and_forwarding_resumes_when_it_is_back,
     an_interface_that_is_gone_is_told_and_taken_up_again_when_it_returns,
     the_gateway_of_the_service_network_is_known,

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use komainu_lab::{Lab, Standard};
+use komainu_lab::{Host, Lab, Standard};
 use komainu_packet::lane::LaneKind;
 use komainu_packet::lane::af_packet::{AfPacketConfig, DEFAULT_RING_SLOTS};
 use komainu_tests::bench::measure::Metric;
@@ -82,17 +82,21 @@ fn main() -> ExitCode {
 fn run(options: &Options) -> Result<()> {
     let mut lines = Vec::new();
     if options.wants(program::METRIC) {
+        tell("nanoseconds for each packet, in the programs");
         // Millions of flows take their time to be written down.
         let flows = if options.runs < 5 { &program::FLOWS[..2] } else { &program::FLOWS };
         lines = program::measure(flows, options.runs, program::packets_in(options.time / 4))?;
     }
     if options.wants(flood::METRIC) {
+        tell("a flood of SYNs");
         lines.extend(flood::measure(options.runs, program::packets_in(options.time / 4))?);
     }
     if options.wants(memory::METRIC) || options.wants(memory::FLOOD_METRIC) {
+        tell("memory of flows");
         lines.extend(memory::measure(&std::env::current_exe()?)?);
     }
     if options.wants(PLAN_METRIC) || options.wants(REST_METRIC) {
+        tell("changes of tables, and rest");
         lines.extend(alone(options)?);
     }
     if options.only.as_deref().is_none_or(|only| Metric::ALL.iter().any(|m| only.starts_with(m.name()))) {
@@ -107,6 +111,7 @@ fn run(options: &Options) -> Result<()> {
         }
     }
     if options.only.as_deref().is_none_or(|only| only.starts_with(WIRE_METRIC)) {
+        tell("packets per second on the wire");
         lines.extend(wire_packets(options)?);
     }
     print!("{}", report::table(&lines));
@@ -120,6 +125,11 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Says on standard error what is being measured: all of it takes half an hour.
+fn tell(what: &str) {
+    eprintln!("bench: {what}");
+}
+
 /// What a client and a server see, through every path.
 fn end_to_end(stage: &Stage, options: &Options) -> Result<Vec<Line>> {
     let mut lines = Vec::new();
@@ -131,7 +141,8 @@ fn end_to_end(stage: &Stage, options: &Options) -> Result<Vec<Line>> {
         let paths: Vec<_> =
             stage.paths.iter().filter(|p| wanted(&p.name) && metric.is_carried_by(p)).collect();
         let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for _ in 0..options.runs {
+        for round in 1..=options.runs {
+            tell(&format!("{} of {} paths, round {round} of {}", metric.name(), paths.len(), options.runs));
             for path in &paths {
                 values.entry(&path.name).or_default().push(metric.measure(&stage.lab, path, options.time)?);
             }
@@ -162,7 +173,12 @@ fn alone(options: &Options) -> Result<Vec<Line>> {
         let lane = lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", None))?;
         lane.install(lane::dsr_plan(80))?;
         let renewer = Renewer::start(Arc::clone(&lane));
-        rest.push(Line::new(format!("{REST_METRIC}/{}", kind.as_str()), "ms/s", &[cpu_at_rest()?], None));
+        rest.push(Line::new(
+            format!("{REST_METRIC}/{}", kind.as_str()),
+            "ms/s",
+            &[cpu_at_rest(lab.host("lb1"))?],
+            None,
+        ));
         drop(renewer);
         let mut milliseconds = Vec::new();
         for revision in 0..options.runs as u64 {
@@ -218,28 +234,12 @@ fn wire_packets(options: &Options) -> Result<Vec<Line>> {
 }
 
 /// Processor time that the lane's threads use in a second with nothing to do, in milliseconds.
-fn cpu_at_rest() -> Result<f64> {
+fn cpu_at_rest(host: &Host) -> Result<f64> {
     // Neighbours that were just used are still being confirmed by the kernel.
     thread::sleep(Duration::from_millis(500));
-    let before = lane_time()?;
+    let before = lane::processor_time(host)?;
     thread::sleep(REST);
-    Ok((lane_time()? - before).as_secs_f64() * 1000.0 / REST.as_secs_f64())
-}
-
-/// Processor time used by the lane's threads since they started (`/proc/PID/task/TID/schedstat`).
-fn lane_time() -> Result<Duration> {
-    let mut total = Duration::ZERO;
-    for task in fs::read_dir("/proc/self/task")? {
-        let task = task?.path();
-        // A thread may end while the list is read.
-        let Ok(name) = fs::read_to_string(task.join("comm")) else { continue };
-        if matches!(name.trim(), "komainu-lane" | "komainu-netlink") {
-            let stat = fs::read_to_string(task.join("schedstat"))?;
-            let ns = stat.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
-            total += Duration::from_nanos(ns);
-        }
-    }
-    Ok(total)
+    Ok((lane::processor_time(host)? - before).as_secs_f64() * 1000.0 / REST.as_secs_f64())
 }
 
 fn options() -> Result<Options> {

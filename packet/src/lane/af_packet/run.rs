@@ -228,7 +228,6 @@ impl Worker {
 
     /// Takes over a new picture of the kernel's tables.
     fn follow_kernel(&mut self, now: BootTime) {
-        self.net.clear_published();
         let snapshot = self.net.snapshot();
         let mut indices = [None; Port::COUNT];
         let mut troubles = Vec::new();
@@ -422,6 +421,10 @@ impl Worker {
         let told = |fd: &PollFd<'_>, flags| fd.revents().is_some_and(|r| r.intersects(flags));
         if told(&fds[0], PollFlags::POLLIN) {
             let _ = self.shared.wake.read();
+        }
+        // Here, and not where the picture is taken over: that may have happened before this was told of it.
+        if told(&fds[1], PollFlags::POLLIN) {
+            self.net.clear_published();
         }
         let any_error = fds.iter().any(|fd| told(fd, PollFlags::POLLERR));
         if any_error {
