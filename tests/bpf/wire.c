@@ -9,7 +9,11 @@ static u32 (*const random_u32)(void) = (void *)BPF_FUNC_get_prandom_u32;
 #define SOURCE (ETH_LEN + 12)
 #define PORTS (ETH_LEN + 20)
 #define URGENT (ETH_LEN + 20 + 18)
+#define CHECKSUM (ETH_LEN + 20 + 16)
+#define FLAGS (ETH_LEN + 20 + 13)
 #define HEADERS 54
+#define SYN 0x02
+#define ACK 0x10
 
 // Ethernet, IPv4 and TCP headers of every frame, but for what tells flows apart. Set before loading.
 const volatile unsigned char template[HEADERS];
@@ -23,10 +27,22 @@ struct {
     TYPE(value, u64);
 } counted SEC(".maps");
 
+// RFC 1624, equation 3.
+static inline __attribute__((always_inline)) void change_flags(unsigned char *data, unsigned char from, unsigned char to)
+{
+    u32 sum = (u16)~(data[CHECKSUM] << 8 | data[CHECKSUM + 1]);
+
+    sum += (u16)~from + (u32)to;
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    data[CHECKSUM] = ~sum >> 8;
+    data[CHECKSUM + 1] = ~sum;
+    data[FLAGS] = to;
+}
+
 // Flows differ in the source port and, beyond 32768 of them, in the lower half of the source address. The IP
 // identification and the TCP urgent pointer take up the differences, so that both checksums of the template stay right.
-SEC("xdp")
-int generate(struct xdp_md *ctx)
+static inline __attribute__((always_inline)) int make(struct xdp_md *ctx, unsigned char flags)
 {
     unsigned char *data = (void *)(long)ctx->data;
     unsigned char *end = (void *)(long)ctx->data_end;
@@ -52,19 +68,53 @@ int generate(struct xdp_md *ctx)
     both = ~(u16)((sum & 0xffff) + (sum >> 16));
     data[URGENT] = both >> 8;
     data[URGENT + 1] = both;
+    if (flags != ACK)
+        change_flags(data, ACK, flags);
     return XDP_TX;
 }
 
+// An ACK of an established connection.
+SEC("xdp")
+int generate(struct xdp_md *ctx)
+{
+    return make(ctx, ACK);
+}
+
+// A connection's first segment.
+SEC("xdp")
+int generate_first(struct xdp_md *ctx)
+{
+    return make(ctx, SYN);
+}
+
+// Changes two runs of bytes for one another.
+#define EXCHANGE(a, b, length)                 \
+    do {                                       \
+        unsigned char kept[length];            \
+        __builtin_memcpy(kept, a, length);     \
+        __builtin_memcpy(a, b, length);        \
+        __builtin_memcpy(b, kept, length);     \
+    } while (0)
+
+// A backend: it counts, and answers a connection's first segment, so that a data path that looks at both sides takes the
+// connection for established.
 SEC("xdp")
 int count(struct xdp_md *ctx)
 {
+    unsigned char *data = (void *)(long)ctx->data;
+    unsigned char *end = (void *)(long)ctx->data_end;
     u32 zero = 0;
     u64 *n = map_lookup(&counted, &zero);
 
-    (void)ctx;
     if (n)
         *n += 1;
-    return XDP_DROP;
+    if (data + HEADERS > end || data[FLAGS] != SYN)
+        return XDP_DROP;
+    EXCHANGE(data, data + 6, 6);
+    EXCHANGE(data + SOURCE, data + SOURCE + 4, 4);
+    EXCHANGE(data + PORTS, data + PORTS + 2, 2);
+    change_flags(data, SYN, SYN | ACK);
+    return XDP_TX;
 }
 
 // The least that a balancer in the driver can do: change the MAC addresses and send.
