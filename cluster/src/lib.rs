@@ -8,6 +8,7 @@ pub mod core;
 pub mod director;
 pub mod flowsync;
 mod handover;
+pub mod pair;
 pub mod pulse;
 pub mod raft;
 pub mod rules;

@@ -16,6 +16,7 @@ pub mod maglev;
 pub mod neighbour;
 pub mod netlink;
 pub mod plan;
+pub mod segment;
 pub mod tables;
 pub mod time;
 pub mod wire;

@@ -6,6 +6,7 @@ use komainu_proto::domain::NodeId;
 use raft::eraftpb::Message;
 
 use crate::api::NodeIdentity;
+use crate::pair::{Aside, Policy};
 use crate::raft::Persist;
 use crate::state::{Command, Outcome, Refusal};
 use crate::time::Instant;
@@ -28,6 +29,8 @@ pub struct Config {
     pub seed: u64,
     /// Random number: the incarnation of the store, when this node has to make one.
     pub incarnation: u64,
+    /// What is done where two balancers are all there is.
+    pub pair: Policy,
 }
 
 /// Another node as the node file names it.
@@ -144,4 +147,12 @@ pub enum Output {
     },
     /// The replicated state has changed: [`super::Core::state`] is the new one.
     State,
+    /// From now on, or no more: find out about the service network time and again, and call
+    /// [`super::Core::handle_sounding`] with each result.
+    Sound {
+        /// Which of the two.
+        on: bool,
+    },
+    /// Write this where nothing deletes it, then call [`super::Core::handle_aside`]. Until then this node holds nothing.
+    Aside(Box<Aside>),
 }

@@ -65,6 +65,7 @@ impl Core {
         self.director = crate::director::Director::new(self.director.transferred_at());
         self.transfer = None;
         let voters = self.voters().collect();
+        self.alone.at_once = false;
         self.lock().lead(term, voters, now);
         // Decisions that can be made at once travel with the term's first entry: one round and one fsync for both.
         // `raft` has already sent that entry alone and would wait for the answer before the next.
@@ -79,7 +80,7 @@ impl Core {
         }
     }
 
-    fn stop_leading(&mut self) {
+    pub(super) fn stop_leading(&mut self) {
         self.transfer = None;
         self.trial = None;
         for ticket in self.members.abandon() {
@@ -112,7 +113,8 @@ impl Core {
         // An empty store of a node that doesn't vote has nothing to remember.
         if must_sync && self.cluster != 0 {
             write.hard_state = Some(self.hard_state.clone());
-            write.raft_id = (self.disk.newest == 0).then_some(self.me);
+            write.raft_id = (self.disk.newest == 0 || self.alone.unnamed).then_some(self.me);
+            self.alone.unnamed = false;
             write.sync = true;
             write.number = self.disk.begin(number, promise);
         }
@@ -158,7 +160,9 @@ impl Core {
         self.state = Arc::new(state);
         if self.cluster == 0 {
             self.cluster = data.cluster;
-            self.lock().set_cluster(data.cluster);
+            let mut pulse = super::lock(&self.pulse);
+            pulse.set_cluster(data.cluster);
+            pulse.set_line(self.state.line);
         }
         let lost: Vec<u64> = self.requests.range(..=meta.index).map(|(i, _)| *i).collect();
         for index in lost {
@@ -255,7 +259,7 @@ impl Core {
     }
 
     /// Ends the request whose entry stands at `index`.
-    fn answer(&mut self, index: u64, term: u64, result: Result<Outcome, Refusal>) {
+    pub(super) fn answer(&mut self, index: u64, term: u64, result: Result<Outcome, Refusal>) {
         if let Some(r) = self.requests.remove(&index) {
             // Another leader's entry stands where this one's was.
             let result = if r.term == term { result.map_err(Failure::Refused) } else { Err(Failure::Lost) };
@@ -298,7 +302,9 @@ impl Core {
         let voters: Vec<RaftId> = self.conf.voters.iter().map(|id| RaftId(*id)).collect();
         // Alone in the configuration: nobody else can vote, and nobody else can hold a grant, because a node is only
         // removed after its last grant has run out.
-        pulse.set_sole(voters == [self.me] && self.conf.learners.is_empty());
+        // One that went on alone doesn't know what its peer has done since: it listens first.
+        let alone = self.state.solo.is_some();
+        pulse.set_sole(voters == [self.me] && self.conf.learners.is_empty() && !alone);
         pulse.set_voters(voters);
     }
 
@@ -331,7 +337,7 @@ impl Core {
     }
 }
 
-fn decode(data: &[u8], index: u64) -> Command {
+pub(super) fn decode(data: &[u8], index: u64) -> Command {
     Command::decode(data).unwrap_or_else(|e| {
         panic!("log entry {index} can't be read, and without it this node's state would be wrong: {e}")
     })

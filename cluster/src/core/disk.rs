@@ -83,6 +83,13 @@ impl Disk {
         self.held.clear();
     }
 
+    /// What was handed out belongs to another log: nothing waits for it any more.
+    pub(super) fn restart(&mut self) {
+        self.under_way.clear();
+        self.held.clear();
+        self.promise = 0;
+    }
+
     /// Whether writing has failed.
     pub(super) fn has_failed(&self) -> bool {
         self.failed

@@ -24,6 +24,7 @@ mod election;
 mod first_verdicts;
 mod founding;
 mod membership;
+mod solo;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -36,6 +37,7 @@ use raft::eraftpb::{ConfState, HardState, Message, MessageType};
 use raft::{RawNode, SnapshotStatus, StateRole};
 
 pub use api::{Config, Failure, Now, Output, Peer, Request, Ticket, Via};
+pub use solo::Standing;
 
 use crate::director::Director;
 use crate::pulse::Pulse;
@@ -134,6 +136,9 @@ pub struct Core {
     trial: Option<duties::Trial>,
     /// When the voters changed last.
     reconfigured_at: Instant,
+    /// In a pair: going on alone.
+    alone: solo::Alone,
+    started_at: Instant,
     /// As a candidate: the votes asked for, and when to ask again.
     asked: Vec<Message>,
     ask_again_at: Instant,
@@ -216,12 +221,15 @@ impl Core {
             told_to_lead: None,
             trial: None,
             reconfigured_at: now.at,
+            alone: solo::Alone::default(),
+            started_at: now.at,
             asked: Vec::new(),
             ask_again_at: now.at,
             now,
             out: VecDeque::new(),
             config,
         };
+        core.lock().set_line(core.state.line);
         core.observe_timers(Some(now.wall_ms));
         core.tell_pulse(true);
         core.settle();
@@ -459,6 +467,8 @@ impl Core {
         }
         self.look_at_timers();
         self.settle();
+        self.pair_duty();
+        self.settle();
     }
 
     /// When [`Core::handle_timeout`] is to be called at the latest.
@@ -483,7 +493,10 @@ impl Core {
         if !self.raft.raft.promotable() || self.waits_for_disk() || self.disk.has_failed() {
             return None;
         }
-        if pulse.is_sole() {
+        if pulse.yields_to().is_some() {
+            return None;
+        }
+        if pulse.is_sole() || self.alone.at_once {
             // There is nobody whose beat could come.
             return Some(self.election.since().after(self.config.timing.beat / 4));
         }
@@ -556,6 +569,7 @@ impl Core {
         // The first write makes the store; before that nothing promised would last. And a voter that needs no vote but
         // its own leads at once, for which `raft` wants the whole log on disk.
         self.disk.newest > 0 && self.disk.persisted == 0
+            || self.disk.persisted < self.alone.base_write
             || self.conf.voters.len() == 1 && log.persisted < log.last_index()
     }
 
@@ -577,6 +591,7 @@ impl Core {
             let term = self.raft.raft.term;
             self.raft.raft.become_follower(term, raft::INVALID_ID);
         }
+        self.keep_parity();
         let _ = self.raft.campaign();
         pulse.promise(self.raft.raft.term);
     }

@@ -74,6 +74,10 @@ pub struct Beat {
     pub observations: Vec<Observation>,
     /// Nodes that have the remembered flows of the groups that the sender owns; absent: it sends them to nobody.
     pub followers: Option<Vec<NodeId>>,
+    /// The sender's line; see [`crate::pair`].
+    pub line: u64,
+    /// The receiver's newest beat that came from another line than the sender's: who yields must know that it was heard.
+    pub met: Option<Echo>,
 }
 
 /// A group under an epoch.
@@ -209,6 +213,8 @@ impl Beat {
             followers: self.followers.as_ref().map(|nodes| wire::Followers {
                 nodes: nodes.iter().take(MAX_FOLLOWERS).map(|n| n.0).collect(),
             }),
+            line: self.line,
+            met: self.met.map(|e| wire::Echo { instance: e.instance, sent_ns: e.stamp.0, term: e.term }),
         }
     }
 
@@ -278,6 +284,8 @@ impl Beat {
                 .collect(),
             observations: observations.collect::<Result<_, BeatError>>()?,
             followers: w.followers.map(|f| f.nodes.into_iter().take(MAX_FOLLOWERS).map(NodeId).collect()),
+            line: w.line,
+            met: w.met.map(|e| Echo { instance: e.instance, stamp: Instant(e.sent_ns), term: e.term }),
         })
     }
 }
@@ -321,7 +329,7 @@ mod tests {
 
     fn beat(ownerships: usize, observations: usize, text: &str) -> Beat {
         let owned: Vec<Ownership> = (0..ownerships)
-            .map(|i| Ownership { group: GroupId(300 + i as u32), epoch: 1000 + i as u64 })
+            .map(|i| Ownership { group: GroupId(300 + i as u32), epoch: (64 << 12) + i as u64 })
             .collect();
         Beat {
             from: RaftId::new(NodeId(7), u64::MAX),
@@ -361,6 +369,8 @@ mod tests {
             released: owned[..ownerships / 8].to_vec(),
             held: owned.iter().take(ownerships / 2).map(|&o| (o, Duration::from_millis(60))).collect(),
             followers: Some(vec![NodeId(65_535); 15]),
+            line: 1 << 20,
+            met: Some(Echo { instance: u64::MAX, stamp: Instant(u64::MAX), term: 1 << 20 }),
             observations: (0..observations)
                 .map(|i| Observation {
                     backend: BackendId(i as u32),

@@ -53,6 +53,10 @@ impl Pulse {
             return Err(Ignored::OtherCluster);
         }
         self.foreign.remove(&node);
+        if self.cluster != 0 && beat.cluster != 0 && beat.line != self.lines.own {
+            self.meet(node, &beat);
+            return Err(Ignored::OtherLine);
+        }
         if !self.timing.differences(&beat.timing).is_empty() {
             if self.mistimed.len() < MAX_PEERS || self.mistimed.contains_key(&node) {
                 self.mistimed.insert(node, (beat.identity.name, beat.timing));
@@ -65,6 +69,7 @@ impl Pulse {
         if !self.peers.contains_key(&node) && self.peers.len() >= MAX_PEERS && !self.forget_a_stranger() {
             return Err(Ignored::TooMany);
         }
+        self.outlive(node);
         let silent_after = self.silent_after();
         let peer = self.peers.entry(node).or_insert_with(|| Peer::new(node, source));
         if !peer.wanted {

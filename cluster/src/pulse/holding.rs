@@ -89,6 +89,13 @@ impl Holdings {
         self.assignments = assignments;
     }
 
+    /// What was granted and given up under another line means nothing any more.
+    pub(super) fn forget(&mut self) {
+        self.grants.clear();
+        self.released.clear();
+        self.yielded.clear();
+    }
+
     /// A grant never shortens an older one of the same epoch.
     pub(super) fn grant(&mut self, to: Ownership, until: Instant) {
         let held = self.grants.entry(to.group).or_insert((to.epoch, until));

@@ -27,6 +27,7 @@ mod facts;
 mod hear;
 mod holding;
 mod leading;
+mod line;
 mod peer;
 mod poll;
 mod promise;
@@ -142,6 +143,8 @@ pub enum Ignored {
     OtherCluster,
     /// Its durations are others than this node's: what the two promise each other would not hold.
     OtherTiming,
+    /// It is of another line of this cluster: see [`crate::pair`].
+    OtherLine,
     /// A newer beat of that node came before.
     Old,
     /// Too many nodes.
@@ -181,6 +184,8 @@ pub struct Pulse {
     foreign: BTreeMap<NodeId, RaftId>,
     /// Nodes whose newest beat said that they have other durations, and which.
     mistimed: BTreeMap<NodeId, (String, Timing)>,
+    /// What this node's store descends from, and whom it met that descends from something else.
+    lines: line::Lines,
     /// When a beat of either was refused last.
     refused_at: BTreeMap<NodeId, Instant>,
     peers: BTreeMap<NodeId, Peer>,
@@ -227,6 +232,7 @@ impl Pulse {
             store_failed_at: None,
             foreign: BTreeMap::new(),
             mistimed: BTreeMap::new(),
+            lines: line::Lines::default(),
             refused_at: BTreeMap::new(),
             peers: BTreeMap::new(),
             holdings: Holdings::new(config.identity.id, config.timing.grace),

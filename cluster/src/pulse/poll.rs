@@ -74,6 +74,8 @@ impl Pulse {
             held,
             observations,
             followers: self.followers.clone(),
+            line: self.lines.own,
+            met: self.lines.answer_to(to),
         };
         let (_, kept) = beat.encode();
         beat.observations.truncate(kept);

@@ -12,7 +12,7 @@ impl Pulse {
         let heard =
             self.heard_leader_at.is_none_or(|at| now >= at.after(promised)) || Rule::Promise.is_broken();
         let own = now >= self.own_lease_end && self.leading.as_ref().is_none_or(|l| now >= l.lease_end);
-        started && heard && own
+        started && heard && own && self.lines.yields_to.is_none()
     }
 
     /// The earliest instant at which [`Pulse::may_promise`] can hold.

@@ -41,6 +41,7 @@ fn node(n: u64) -> Pulse {
         instance: 100 + n,
         seed: 1,
         incarnation: 7,
+        pair: crate::pair::Policy::Safety,
     };
     let mut p = Pulse::new(&config, id(n), 1, 3, at(0));
     p.set_self_health(SelfHealth { links_up: true, gateway: None, forwarding: true, reason: String::new() });

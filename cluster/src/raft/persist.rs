@@ -7,7 +7,7 @@ use crate::state::{DecodeError, State};
 
 /// One write to the store. Writes are made in the order in which they are handed out, each as a whole or not at all;
 /// [`crate::core::Core::handle_persisted`] is called with `number` when the write and all before it are on disk (with
-/// `sync`: after fsync). Within one write the order is: `reset_log`, `drop_through`, then `entries`.
+/// `sync`: after fsync). Within one write the order is: `forget`, `reset_log`, `drop_through`, then `entries`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Persist {
     /// Rises by one with each write of a process; starts at 1.
@@ -24,6 +24,8 @@ pub struct Persist {
     pub drop_through: u64,
     /// Entries to append. Every stored entry from the first one's index on is deleted before.
     pub entries: Vec<Entry>,
+    /// The store is empty from here on, before anything else in this write.
+    pub forget: bool,
     /// Whether it must be on disk before it is reported; without, the write may be reported once handed to the system
     /// (only a commit index moved, or the log was compacted).
     pub sync: bool,

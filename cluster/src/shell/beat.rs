@@ -16,7 +16,7 @@ use nix::sys::time::TimeSpec;
 use prost_raft::Message as _;
 use raft::eraftpb::Message;
 
-use super::clock;
+use super::{SecondPath, clock};
 use super::driver::Event;
 use super::guard::{AbortOnPanic, be_prompt};
 use crate::api::{LeaseUpdate, SharedDataPath};
@@ -28,6 +28,9 @@ use komainu_proto::domain::NodeId;
 const MAX_DATAGRAM: usize = 2048;
 /// Datagrams read before deadlines are looked at again: a flood must not delay a beat.
 const MAX_BATCH: usize = 64;
+
+/// Where a datagram came from that came by the second way: no address of the cluster network.
+const NOWHERE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
 
 /// Wakes the beat thread. Cheap, never blocks.
 #[derive(Clone, Debug)]
@@ -59,6 +62,8 @@ pub(super) struct BeatThread {
     pub(super) prompted: Arc<AtomicBool>,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) notes: Arc<Mutex<Vec<String>>>,
+    /// In a pair: the service network.
+    pub(super) second_path: Option<Arc<dyn SecondPath>>,
 }
 
 impl BeatThread {
@@ -75,9 +80,11 @@ impl BeatThread {
         while !self.stop.load(Ordering::Acquire) {
             let deadline = self.round(&mut guards, &mut buffer);
             let wait = deadline.since(clock::at());
+            let second = self.second_path.as_ref().map_or(self.waker.0.as_fd(), |path| path.fd());
             let mut fds = [
                 PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.waker.0.as_fd(), PollFlags::POLLIN),
+                PollFd::new(second, PollFlags::POLLIN),
             ];
             // Interrupted by a signal or woken for nothing: the next round finds out what there is to do.
             if ppoll(&mut fds, Some(TimeSpec::from_duration(wait)), None).is_ok_and(|n| n > 0) {
@@ -91,10 +98,18 @@ impl BeatThread {
     fn round(&self, guards: &mut [ReplayGuard; 2], buffer: &mut [u8]) -> crate::time::Instant {
         for _ in 0..MAX_BATCH {
             match self.socket.recv_from(buffer) {
-                Ok((len, source)) => self.datagram(guards, source, &buffer[..len]),
+                Ok((len, source)) => _ = self.datagram(guards, source, &buffer[..len]),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 // An ICMP error about an earlier datagram: the peer is not there. Its silence says the same.
                 Err(_) => {}
+            }
+        }
+        if let Some(path) = &self.second_path {
+            for _ in 0..MAX_BATCH {
+                let Some((len, station)) = path.receive(buffer) else { break };
+                if self.datagram(guards, NOWHERE, &buffer[..len]) {
+                    path.heard(station);
+                }
             }
         }
         let mut pulse = super::lock(&self.pulse);
@@ -110,12 +125,13 @@ impl BeatThread {
         pulse.next_deadline()
     }
 
-    fn datagram(&self, guards: &mut [ReplayGuard; 2], source: SocketAddr, sealed: &[u8]) {
-        let Ok(kind @ (Kind::Beat | Kind::Vote)) = self.sealer.peek(sealed) else { return };
-        let Ok(opened) = self.sealer.open(kind, &context(self.node), sealed) else { return };
+    /// Takes a datagram in. Answers whether a node of this cluster has sealed it for this one, also when it came before.
+    fn datagram(&self, guards: &mut [ReplayGuard; 2], source: SocketAddr, sealed: &[u8]) -> bool {
+        let Ok(kind @ (Kind::Beat | Kind::Vote)) = self.sealer.peek(sealed) else { return false };
+        let Ok(opened) = self.sealer.open(kind, &context(self.node), sealed) else { return false };
         let guard = &mut guards[usize::from(kind == Kind::Vote)];
         if guard.accept(&opened).is_err() {
-            return;
+            return true;
         }
         if kind == Kind::Beat {
             match Beat::decode(&opened.plain) {
@@ -126,6 +142,7 @@ impl BeatThread {
         } else if let Ok(message) = Message::decode(opened.plain.as_slice()) {
             let _ = self.events.try_send(Event::Message(Box::new(message)));
         }
+        true
     }
 
     fn carry_out(&self, output: Output) {
@@ -145,6 +162,9 @@ impl BeatThread {
                 let sealed = self.sealer.seal(Kind::Beat, &context(to), &bytes);
                 // A beat that can't be sent now is worth nothing later.
                 let _ = self.socket.send_to(&sealed, address);
+                if let Some(path) = &self.second_path {
+                    path.send(&sealed);
+                }
             }
             Output::Prompt => {
                 self.prompted.store(true, Ordering::Release);

@@ -13,13 +13,14 @@ use raft::eraftpb::Message;
 use tokio::sync::{oneshot, watch};
 
 use super::beat::{Waker, context};
-use super::clock;
+use super::{PairSettings, clock};
 use super::facts::Facts;
 use super::guard::{AbortOnPanic, be_quick};
 use super::streams::Streams;
 use super::view::View;
 use crate::api::{Observation, SelfHealth};
 use crate::core::{Core, Failure, Output, Request, Ticket, Via};
+use crate::pair::Sounding;
 use crate::pulse::Pulse;
 use crate::seal::{Kind, Sealer};
 use crate::state::Outcome;
@@ -47,6 +48,10 @@ pub(super) enum Event {
     SelfHealth(SelfHealth),
     /// A stream to a node broke.
     Unreachable(NodeId),
+    /// An operator has this node go on alone.
+    Force(String, oneshot::Sender<Result<Outcome, Failure>>),
+    /// What was found out about the service network.
+    Sounded(Sounding),
     /// The beat thread has seen something to decide on.
     Prompt,
     /// Hand over, then end.
@@ -68,6 +73,10 @@ pub(super) struct Driver {
     pub(super) notes: Arc<Mutex<Vec<String>>>,
     /// Notices that were logged and still hold.
     pub(super) said: Vec<String>,
+    /// Of a pair.
+    pub(super) pair: PairSettings,
+    /// Whether the service network is to be sounded.
+    pub(super) sound: watch::Sender<bool>,
     /// Requests that wait for their end.
     pub(super) waiting: HashMap<Ticket, oneshot::Sender<Result<Outcome, Failure>>>,
 }
@@ -127,6 +136,13 @@ impl Driver {
             Event::Unreachable(node) => self.core.handle_unreachable(node, now),
             Event::Observe(observations) => observe(&self.core.pulse(), observations),
             Event::SelfHealth(health) => super::lock(&self.core.pulse()).set_self_health(health),
+            Event::Force(who, answer) => {
+                let result = self.core.force(&who, now);
+                // Answered when it is on disk.
+                self.carry_out();
+                let _ = answer.send(result);
+            }
+            Event::Sounded(sounding) => self.core.handle_sounding(sounding, now),
             Event::Prompt | Event::Stop => {}
         }
     }
@@ -139,6 +155,9 @@ impl Driver {
                         let sealed = self.sealer.seal(Kind::Vote, &context(to), &message.encode_to_vec());
                         // Lost like any datagram; its sender repeats it or goes on without.
                         let _ = self.socket.send_to(&sealed, address);
+                        if let Some(path) = &self.pair.second_path {
+                            path.send(&sealed);
+                        }
                     }
                     if matches!(via, Via::Stream | Via::Both) && !self.streams.send(to, address, message) {
                         self.core.handle_unreachable(to, clock::now());
@@ -155,6 +174,11 @@ impl Driver {
                     }
                 }
                 Output::State => self.streams.keep(&self.core.others()),
+                Output::Sound { on } => _ = self.sound.send_replace(on),
+                Output::Aside(aside) => {
+                    let kept = (self.pair.keep)(&aside);
+                    self.core.handle_aside(kept, clock::now());
+                }
             }
         }
     }

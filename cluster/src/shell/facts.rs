@@ -25,6 +25,8 @@ impl Facts {
     /// The view as the Raft thread sees it.
     pub(super) fn view(&self, core: &Core) -> View {
         let voters: Vec<u64> = core.voters().map(|id| id.0).collect();
+        let standing = core.standing();
+        let solo = core.state().solo.is_some();
         let base = View {
             state: core.state().clone(),
             node: self.identity.clone(),
@@ -34,8 +36,9 @@ impl Facts {
             voter: voters.contains(&core.raft_id().0),
             members: Vec::new(),
             leases: Vec::new(),
-            quorum: Quorum::of(voters.len()),
-            solo: false,
+            quorum: Quorum::of(voters.len(), solo, &standing),
+            solo,
+            standing,
             notes: Vec::new(),
             at: clock::at(),
         };
@@ -144,6 +147,7 @@ impl View {
         Arc::ptr_eq(&self.state, &other.state)
             && (self.leader, self.term, self.voter, self.quorum)
                 == (other.leader, other.term, other.voter, other.quorum)
+            && self.standing.same_but_for_time(&other.standing)
             && self.notes == other.notes
             && self.members.iter().map(member).eq(other.members.iter().map(member))
             && self.leases.iter().map(lease).eq(other.leases.iter().map(lease))

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::View;
 use crate::api::{NodeIdentity, Observation, SelfHealth};
 use crate::core::{Failure, Request};
+use crate::pair::Sounding;
 use crate::state::{Change, Command, MAX_COMMAND_LEN, Outcome, ProposalId, Refusal};
 
 /// How long a proposal is tried before it is given up: several failovers fit.
@@ -75,6 +76,12 @@ pub(crate) trait Backstage: Send + Sync {
         to: NodeId,
         request: Bytes,
     ) -> std::pin::Pin<Box<dyn Future<Output = Result<Bytes, QueryError>> + Send + '_>>;
+    /// Has this node go on alone.
+    fn force(&self, who: &str, answer: oneshot::Sender<Result<Outcome, Failure>>);
+    /// Whether the service network is to be sounded.
+    fn sounds(&self) -> watch::Receiver<bool>;
+    /// What was found out about it.
+    fn sounded(&self, sounding: Sounding);
     fn observe(&self, observations: Vec<Observation>);
     fn set_self_health(&self, health: SelfHealth);
     /// The lane has new tables.
@@ -158,6 +165,35 @@ impl ClusterHandle {
     /// See [`ProposeError`].
     pub async fn leave(&self, node: NodeId, who: &str) -> Result<Outcome, ProposeError> {
         self.request(Request::Leave { node, who: who.to_owned() }).await
+    }
+
+    /// Has this node of a pair go on alone, without its peer.
+    ///
+    /// # Errors
+    /// It is no pair, the peer is heard, or a promise to it has not run out yet.
+    pub async fn force(&self, who: &str) -> Result<Outcome, ProposeError> {
+        let deadline = Instant::now() + PROPOSE_TIMEOUT;
+        loop {
+            let (answer, result) = oneshot::channel();
+            self.backstage.force(who, answer);
+            match result.await.unwrap_or(Err(Failure::Lost)) {
+                Ok(outcome) => return Ok(outcome),
+                Err(Failure::Busy) if Instant::now() + RETRY < deadline => tokio::time::sleep(RETRY).await,
+                Err(Failure::Lost) => return Err(ProposeError::Stopping),
+                Err(failure) => return Err(ProposeError::Impossible(failure.to_string())),
+            }
+        }
+    }
+
+    /// True while this node of a pair wants to know about its peer: then the service network is to be sounded time and again,
+    /// and each result told.
+    pub fn sounds(&self) -> watch::Receiver<bool> {
+        self.backstage.sounds()
+    }
+
+    /// Tells what was found out about the service network.
+    pub fn sounded(&self, sounding: Sounding) {
+        self.backstage.sounded(sounding);
     }
 
     /// What this node knows of the cluster. Changes with the state, the leader, and whoever comes or goes; the durations
@@ -290,6 +326,7 @@ mod tests {
     use komainu_proto::domain::Role;
 
     use super::super::view::Quorum;
+    use crate::core::Standing;
     use super::*;
     use crate::state::{Member, State};
 
@@ -320,6 +357,16 @@ mod tests {
         ) -> Pin<Box<dyn Future<Output = Result<Bytes, QueryError>> + Send + '_>> {
             unreachable!("nobody asks")
         }
+
+        fn force(&self, _: &str, _: oneshot::Sender<Result<Outcome, Failure>>) {
+            unreachable!("nobody asks")
+        }
+
+        fn sounds(&self) -> watch::Receiver<bool> {
+            unreachable!("nobody asks")
+        }
+
+        fn sounded(&self, _: Sounding) {}
 
         fn observe(&self, _: Vec<Observation>) {}
 
@@ -365,6 +412,7 @@ mod tests {
             leases: Vec::new(),
             quorum: Quorum::Witness,
             solo: false,
+            standing: Standing::none("a test"),
             notes: Vec::new(),
             at: crate::time::Instant::default(),
         })

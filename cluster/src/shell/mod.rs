@@ -26,8 +26,9 @@ mod view;
 mod wire;
 
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use komainu_proto::domain::NodeId;
@@ -38,6 +39,7 @@ pub use view::{LeaseView, MemberView, Quorum, View};
 
 use crate::api::NodeIdentity;
 use crate::core::Peer;
+use crate::pair::{Aside, Policy};
 use crate::seal::{Key, KeyError};
 use crate::store::StoreError;
 use crate::timing::{Timing, TimingError};
@@ -57,6 +59,46 @@ pub struct Settings {
     pub timing: Timing,
     /// Version of the program, for status.
     pub version: String,
+    /// What matters where two balancers are all there is.
+    pub pair: PairSettings,
+}
+
+/// What a pair without a third node needs.
+#[derive(Clone)]
+pub struct PairSettings {
+    /// What the survivor does.
+    pub policy: Policy,
+    /// The second way between the two; without one, the cluster network is the only one.
+    pub second_path: Option<Arc<dyn SecondPath>>,
+    /// Writes what is set aside where nothing deletes it. Answers whether it is on disk.
+    pub keep: Arc<dyn Fn(&Aside) -> bool + Send + Sync>,
+}
+
+impl PairSettings {
+    /// For a node that is no part of a pair: it never goes on alone by itself, so there never is anything to keep.
+    pub fn none() -> PairSettings {
+        PairSettings { policy: Policy::Safety, second_path: None, keep: Arc::new(|_| false) }
+    }
+}
+
+impl std::fmt::Debug for PairSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let second = self.second_path.is_some();
+        f.debug_struct("PairSettings").field("policy", &self.policy).field("second_path", &second).finish()
+    }
+}
+
+/// A second way for the sealed datagrams of a pair, beside the cluster network: the service network. Each datagram goes by
+/// both, as the same bytes; whichever comes second is refused like any that was seen before. No method waits.
+pub trait SecondPath: Send + Sync {
+    /// Readable when something has arrived.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// Sends to the peer.
+    fn send(&self, datagram: &[u8]);
+    /// The next datagram: its length, and the station that it came from; absent when there is none.
+    fn receive(&self, buffer: &mut [u8]) -> Option<(usize, [u8; 6])>;
+    /// What came from this station was sealed by a node of this cluster.
+    fn heard(&self, station: [u8; 6]);
 }
 
 /// Answers what other nodes ask about this one's data path (counters, flows, traces).

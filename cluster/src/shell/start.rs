@@ -28,6 +28,7 @@ use super::wire::{self, Question};
 use super::{QueryHandler, Settings, StartError, clock};
 use crate::api::{Observation, SelfHealth, SharedDataPath};
 use crate::core::{Config, Core, Failure, Request};
+use crate::pair::Sounding;
 use crate::pulse::Pulse;
 use crate::seal::{KeyError, Sealer};
 use crate::state::Outcome;
@@ -96,6 +97,7 @@ fn start_on(
         instance: random()?,
         seed: random()?,
         incarnation: random()?,
+        pair: settings.pair.policy,
     };
     let restored = store.load()?;
     let core = Core::start(config, restored, clock::now())?;
@@ -107,6 +109,7 @@ fn start_on(
         notes: notes.clone(),
     };
     let (view, view_receiver) = watch::channel(Arc::new(facts.view(&core)));
+    let (sound, sounds) = watch::channel(false);
     let (events, event_receiver) = crossbeam_channel::bounded(MAX_EVENTS);
     let waker = Waker::new().map_err(system("making an eventfd"))?;
     let (stop, prompted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
@@ -154,6 +157,7 @@ fn start_on(
         prompted: prompted.clone(),
         stop: stop.clone(),
         notes: notes.clone(),
+        second_path: settings.pair.second_path.clone(),
     };
     let beat = thread::Builder::new().name("komainu-beat".to_owned()).spawn(move || beat.run());
     let beat = beat.map_err(system("starting the beat thread"))?;
@@ -170,6 +174,8 @@ fn start_on(
         facts: facts.clone(),
         notes,
         said: Vec::new(),
+        pair: settings.pair,
+        sound,
         waiting: HashMap::new(),
     };
     let raft = thread::Builder::new().name("komainu-raft".to_owned()).spawn(move || driver.run());
@@ -190,6 +196,7 @@ fn start_on(
         client: Client::new(calls),
         queries,
         view: view_receiver.clone(),
+        sounds,
         facts,
         runtime,
         threads: tokio::sync::Mutex::new(Some(threads)),
@@ -232,6 +239,7 @@ struct Node {
     client: Client,
     queries: Arc<dyn QueryHandler>,
     view: watch::Receiver<Arc<View>>,
+    sounds: watch::Receiver<bool>,
     facts: Facts,
     runtime: Handle,
     threads: tokio::sync::Mutex<Option<Threads>>,
@@ -258,6 +266,23 @@ impl Backstage for Node {
         {
             let _ = answer.send(Err(Failure::Busy));
         }
+    }
+
+    fn force(&self, who: &str, answer: oneshot::Sender<Result<Outcome, Failure>>) {
+        if let Err(TrySendError::Full(Event::Force(_, answer))) =
+            self.events.try_send(Event::Force(who.to_owned(), answer))
+        {
+            let _ = answer.send(Err(Failure::Busy));
+        }
+    }
+
+    fn sounds(&self) -> watch::Receiver<bool> {
+        self.sounds.clone()
+    }
+
+    fn sounded(&self, sounding: Sounding) {
+        // What does not fit is asked for again.
+        let _ = self.events.try_send(Event::Sounded(sounding));
     }
 
     fn forward(

@@ -100,6 +100,7 @@ impl Cluster {
             peers: peers.map(|(p, &address)| Peer { id: NodeId(p), address }).collect(),
             secret: Key::from_bytes([7; 32]),
             data_dir: self.data_dir(id),
+            pair: super::PairSettings::none(),
             timing: Timing {
                 beat: Duration::from_millis(30),
                 lease: Duration::from_millis(250),

@@ -6,6 +6,8 @@ use std::time::Duration;
 use komainu_proto::domain::{GroupId, NodeId};
 
 use crate::api::{NodeIdentity, SelfHealth};
+use crate::core::Standing;
+use crate::pair::Policy;
 use crate::state::State;
 use crate::time::Instant;
 
@@ -30,8 +32,10 @@ pub struct View {
     pub leases: Vec<LeaseView>,
     /// What decides who owns a group.
     pub quorum: Quorum,
-    /// Whether this node goes on alone in a pair. Always `false` until pairs without a witness are supported.
+    /// Whether a node of a pair goes on alone; [`State::solo`] says which and since when.
     pub solo: bool,
+    /// How this node stands to its peer, in a pair.
+    pub standing: Standing,
     /// What operators should know: a store set aside, a disk that is full, a real-time priority that was refused.
     pub notes: Vec<String>,
     /// The moment that the durations count from, on this node's clock.
@@ -95,12 +99,15 @@ impl Quorum {
         }
     }
 
-    /// The quorum of this many voters. Until pairs without a witness are supported, two voters wait for each other:
-    /// what `safety` promises.
-    pub fn of(voters: usize) -> Quorum {
-        match voters {
-            0 | 1 => Quorum::Single,
-            2 => Quorum::PairSafety,
+    /// The quorum of this many voters, of which one may go on alone.
+    pub fn of(voters: usize, solo: bool, standing: &Standing) -> Quorum {
+        match (voters, standing.policy) {
+            (0 | 1, _) if !solo => Quorum::Single,
+            (0 | 1, Policy::Safety) => Quorum::PairSafety,
+            (0 | 1, Policy::Availability) => Quorum::PairAvailability,
+            (2, Policy::Availability) if standing.peer.is_ok() => Quorum::PairAvailability,
+            // Two voters that are no pair of balancers wait for each other.
+            (2, _) => Quorum::PairSafety,
             _ => Quorum::Witness,
         }
     }

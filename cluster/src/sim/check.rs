@@ -1,12 +1,13 @@
 //! The invariants.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use komainu_proto::domain::{GroupId, NodeId};
 
 use super::machine::{Machine, Time};
+use crate::pair;
 use crate::raft::RaftId;
 use crate::state::State;
 use crate::time::Instant;
@@ -17,20 +18,28 @@ const STATES: usize = 512;
 /// What has been seen so far.
 #[derive(Default)]
 pub struct Checker {
-    /// Highest epoch under which each group was answered for, and by whom.
-    epochs: BTreeMap<GroupId, (u64, NodeId)>,
+    /// Highest epoch under which each group was answered for in each line, and by whom.
+    epochs: BTreeMap<(GroupId, u64), (u64, NodeId)>,
     /// By cluster and index: two clusters have nothing to agree on.
     states: BTreeMap<(u64, u64), Arc<State>>,
     /// Of each leader: its term, the voters, and when it changed them last.
     voters: BTreeMap<NodeId, (u64, Vec<RaftId>, Option<Instant>)>,
     /// Revision and author of every change that was acknowledged.
     acknowledged: Vec<(u64, String)>,
+    /// Authors of changes that were set aside.
+    set_aside: BTreeSet<String>,
 }
 
 impl Checker {
-    /// At most one node answers for a group at any instant of true time, and epochs rise.
-    pub fn leases(&mut self, machines: &BTreeMap<u64, Machine>, t: Time) -> Result<(), String> {
-        let groups: std::collections::BTreeSet<GroupId> =
+    /// At most one node answers for a group at any instant of true time, and epochs rise. `split`: a pair is cut in two, and
+    /// nodes that both went on alone may both answer.
+    pub fn leases(
+        &mut self,
+        machines: &BTreeMap<u64, Machine>,
+        t: Time,
+        split: bool,
+    ) -> Result<(), String> {
+        let groups: BTreeSet<GroupId> =
             machines.values().flat_map(|m| m.lane.keys().copied()).collect();
         for group in groups {
             let holders: Vec<(NodeId, u64)> = machines
@@ -38,11 +47,13 @@ impl Checker {
                 .filter(|m| !m.is_excused(t))
                 .filter_map(|m| Some((m.identity.id, m.answers(group, t)?)))
                 .collect();
-            if holders.len() > 1 {
+            let both_alone = split && holders.iter().all(|(node, _)| machines[&node.0].solo);
+            if holders.len() > 1 && !both_alone {
                 return Err(format!("group {} is answered for by {holders:?}", group.0));
             }
-            if let Some(&(node, epoch)) = holders.first() {
-                let highest = self.epochs.entry(group).or_insert((epoch, node));
+            for (node, epoch) in holders {
+                let line = epoch / pair::first_epoch(1);
+                let highest = self.epochs.entry((group, line)).or_insert((epoch, node));
                 if epoch < highest.0 || (epoch == highest.0 && node != highest.1) {
                     return Err(format!(
                         "group {}: node {} under epoch {epoch} after node {} under {}",
@@ -103,6 +114,11 @@ impl Checker {
         self.acknowledged.push((revision, who));
     }
 
+    /// Changes of these authors were set aside.
+    pub fn set_aside(&mut self, who: impl Iterator<Item = String>) {
+        self.set_aside.extend(who);
+    }
+
     /// How many changes were acknowledged.
     pub fn acknowledged(&self) -> usize {
         self.acknowledged.len()
@@ -114,6 +130,7 @@ impl Checker {
         for (revision, who) in self.acknowledged.iter().filter(|(revision, _)| *revision >= first) {
             match state.revision(*revision) {
                 Some(r) if r.who == *who => {}
+                _ if self.set_aside.contains(who) => {}
                 found => {
                     return Err(format!(
                         "revision {revision} was acknowledged to {who} and is {:?}",

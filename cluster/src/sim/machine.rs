@@ -8,6 +8,7 @@ use komainu_proto::domain::{GroupId, NodeId, Role};
 
 use crate::api::{LeaseUpdate, NodeIdentity};
 use crate::core::{Config, Core, Now, Peer};
+use crate::pair::Policy;
 use crate::pulse::Pulse;
 use crate::raft::Persist;
 use crate::store::{MemoryStore, Store};
@@ -59,6 +60,23 @@ pub struct Machine {
     pub installed: u64,
     /// Fit to own a group.
     pub fit: bool,
+    /// What it does as one of a pair.
+    pub pair: Policy,
+    /// Whether it went on alone, by the state that it applied last.
+    pub solo: bool,
+    /// The sounding under way.
+    pub sounding: Option<SoundingUnderWay>,
+}
+
+/// A node asks the service network about its peer.
+#[derive(Clone, Copy, Debug)]
+pub struct SoundingUnderWay {
+    /// By its own clock.
+    pub began: Instant,
+    /// Questions that are still to be asked.
+    pub left: u32,
+    /// An address that another machine answered for.
+    pub claimed: Option<std::net::IpAddr>,
 }
 
 /// A running process.
@@ -110,6 +128,9 @@ impl Machine {
             wake_at: None,
             installed: 0,
             fit: true,
+            pair: Policy::Safety,
+            solo: false,
+            sounding: None,
         }
     }
 
@@ -171,10 +192,12 @@ impl Machine {
             instance: seed,
             seed: seed ^ 0x5555,
             incarnation: seed ^ 0xaaaa,
+            pair: self.pair,
         };
         // A lane that is started permits nothing.
         self.lane.clear();
         self.installed = 0;
+        self.sounding = None;
         let core = Core::start(config, self.disk.load().expect("memory can be read"), self.now(t))
             .expect("the store is in order");
         let pulse = core.pulse();

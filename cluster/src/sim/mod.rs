@@ -7,6 +7,7 @@
 pub mod check;
 pub mod faults;
 pub mod machine;
+pub mod pairs;
 pub mod plan;
 pub mod program;
 #[cfg(test)]

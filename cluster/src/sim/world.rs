@@ -9,6 +9,7 @@ use raft::eraftpb::{Message, MessageType};
 
 use super::Random;
 use super::check::Checker;
+use super::pairs::ServiceNetwork;
 use super::machine::{Machine, Process, Time, address};
 use crate::core::{Output, Request, Ticket, Via};
 use crate::pulse;
@@ -35,13 +36,15 @@ pub enum Arrival {
 }
 
 #[derive(Debug)]
-enum Event {
+pub(super) enum Event {
     Arrive { to: u64, arrival: Arrival },
     Written { node: u64, generation: u64, number: u64 },
     Installed { node: u64, generation: u64, index: u64 },
     Wake { node: u64 },
     Resume { node: u64 },
     DiskWell { node: u64 },
+    Ask { node: u64, generation: u64 },
+    AsideWritten { node: u64, generation: u64, who: Vec<String> },
 }
 
 /// How the network and the disks behave.
@@ -91,6 +94,8 @@ pub struct World {
     pub weather: Weather,
     /// Directed pairs that nothing gets through between.
     pub cut: BTreeSet<(u64, u64)>,
+    /// The service network beside the cluster network, where that matters: in pairs.
+    pub service: ServiceNetwork,
     /// Nodes that an operator has told to leave.
     pub left: BTreeSet<u64>,
     /// Kinds of Raft datagrams of which the next one is lost.
@@ -131,6 +136,7 @@ impl World {
             machines,
             weather: Weather::FAIR,
             cut: BTreeSet::new(),
+            service: ServiceNetwork::default(),
             left: BTreeSet::new(),
             lose: Vec::new(),
             announced: BTreeMap::new(),
@@ -384,7 +390,7 @@ impl World {
         self.drive(node)
     }
 
-    fn post(&mut self, at: Time, event: Event) {
+    pub(super) fn post(&mut self, at: Time, event: Event) {
         self.sequence += 1;
         self.events.insert(self.sequence, event);
         self.queue.push(Reverse((at.max(self.t), self.sequence)));
@@ -438,6 +444,8 @@ impl World {
                 self.time_out(node);
                 self.drive(node)
             }
+            Event::Ask { node, generation } => self.ask(node, generation),
+            Event::AsideWritten { node, generation, who } => self.aside_written(node, generation, who),
             Event::DiskWell { node } => {
                 self.machine(node).slow_fsync = None;
                 Ok(())
@@ -448,7 +456,7 @@ impl World {
                 }
                 self.say(node, || "goes on".to_owned());
                 self.machine(node).go_on(t);
-                self.checker.leases(&self.machines, t)?;
+                self.check_leases()?;
                 // A process finds both a socket full of datagrams and a timer that is over, in either order.
                 if self.random.ppm(500_000) {
                     self.time_out(node);
@@ -518,7 +526,7 @@ impl World {
     }
 
     /// Carries out what a node wants done, until it wants nothing, and sets its alarm.
-    fn drive(&mut self, node: u64) -> Result<(), String> {
+    pub(super) fn drive(&mut self, node: u64) -> Result<(), String> {
         loop {
             let Some(p) = &mut self.machine(node).process else { return Ok(()) };
             // Leases before messages: what the Raft side sends may rest on what the lane was told.
@@ -578,7 +586,7 @@ impl World {
                         None => self.say(node, || format!("answers no more for group {}", group.0)),
                     }
                 }
-                self.checker.leases(&self.machines, t)
+                self.check_leases()
             }
             pulse::Output::Announce { group } => {
                 let machine = self.machine(node);
@@ -665,6 +673,15 @@ impl World {
                 }
                 Ok(())
             }
+            Output::Sound { on } => {
+                self.sound(node, on);
+                Ok(())
+            }
+            Output::Aside(aside) => {
+                let who = aside.changes.iter().map(|r| r.who.clone()).collect();
+                self.write_aside(node, who);
+                Ok(())
+            }
             Output::State => {
                 let lasts = self.random.between(MS / 10, 4 * MS);
                 let machine = self.machine(node);
@@ -673,6 +690,7 @@ impl World {
                 let (cluster, state) = (p.core.cluster(), p.core.state().clone());
                 let index = state.index;
                 let told = std::mem::replace(&mut p.applied, index);
+                machine.solo = state.solo.is_some();
                 if index > p.planned && machine.identity.role == Role::Balancer {
                     p.planned = index;
                     self.post(t + lasts, Event::Installed { node, generation, index });
@@ -700,6 +718,7 @@ impl World {
             self.lose.remove(at);
             return;
         }
+        self.by_service_network(from, to, &arrival);
         if !self.machines.contains_key(&to) || self.cut.contains(&(from, to)) || self.random.ppm(w.loss_ppm) {
             return;
         }
@@ -720,7 +739,7 @@ impl World {
         self.post(at, Event::Arrive { to, arrival: Arrival::Raft(Box::new(message)) });
     }
 
-    fn delay(&mut self) -> Time {
+    pub(super) fn delay(&mut self) -> Time {
         let w = self.weather;
         let longest = if self.random.ppm(w.late_ppm) { w.late } else { w.delay };
         self.random.between(longest / 5, longest)

@@ -41,7 +41,8 @@ impl State {
         }
         let mut next = self.clone();
         let result = next.change(command);
-        if result.is_ok() {
+        if let Ok(outcome) = &result {
+            next.follow_solo(command, outcome.changed);
             *self = next;
         }
         if let Some(id) = command.id {

@@ -35,6 +35,7 @@ mod change;
 mod document;
 mod events;
 mod snapshot;
+mod solo;
 #[cfg(test)]
 pub(crate) mod tests;
 mod timers;
@@ -57,6 +58,7 @@ pub use change::{
     Refusal, Verdict,
 };
 pub use events::{Event, EventKind};
+pub use solo::Solo;
 pub use timers::{Due, Timers};
 pub use validate::{Context, validate};
 
@@ -116,6 +118,12 @@ pub struct State {
     /// An apply that waits for its confirmation.
     #[serde(default)]
     pub pending: Option<Arc<PendingConfirm>>,
+    /// Term of the newest time that a node of a pair went on alone; 0: never. Each such time begins a line of its own.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub line: u64,
+    /// The node that goes on alone, as long as it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub solo: Option<Solo>,
     /// Numbers given out last.
     ids: Ids,
     /// Results of the newest proposals, oldest first, at most [`MAX_RESULTS`].
@@ -301,6 +309,11 @@ struct Ids {
 struct ProposalResult {
     id: ProposalId,
     result: Result<Outcome, Refusal>,
+}
+
+/// For fields that are left out where they say nothing.
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl State {

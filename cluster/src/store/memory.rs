@@ -75,6 +75,9 @@ impl Store for MemoryStore {
 
 impl Contents {
     fn apply(&mut self, write: &Persist) {
+        if write.forget {
+            *self = Contents::default();
+        }
         if let Some(raft_id) = write.raft_id {
             self.raft_id = Some(raft_id);
         }

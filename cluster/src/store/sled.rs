@@ -397,6 +397,11 @@ impl SledStore {
         let put = |batch: &mut sled::Batch, key: &[u8], payload: &[u8]| {
             batch.insert(key, record::wrap(key, payload))
         };
+        if write.forget {
+            for key in [RAFT_ID, HARD_STATE, SNAPSHOT] {
+                batch.remove(key);
+            }
+        }
         if let Some(raft_id) = write.raft_id {
             put(&mut batch, RAFT_ID, &raft_id.0.to_be_bytes());
         }
@@ -409,7 +414,7 @@ impl SledStore {
                 .map_err(|e| io_error(&data_dir, "writing a snapshot", &e))?;
             put(&mut batch, SNAPSHOT, &SnapshotName::encode(self.snapshot_number + 1, checksum));
         }
-        let keep_from = if write.reset_log { u64::MAX } else { write.drop_through + 1 };
+        let keep_from = if write.reset_log || write.forget { u64::MAX } else { write.drop_through + 1 };
         let keep_below = write.entries.first().map_or(u64::MAX, |e| e.index);
         let is_kept = |index: u64| index >= keep_from && index < keep_below;
         for &(index, pieces) in self.pieces.iter().filter(|(index, _)| !is_kept(*index)) {

@@ -1,0 +1,346 @@
+//! What a pair without a third node has beside the cluster network: a service network on which the two hear each other, too,
+//! a gateway, and machines that answer for addresses. And what may be of a pair and of nobody else: two owners, while it is
+//! cut in two.
+
+use std::collections::BTreeSet;
+
+use komainu_proto::domain::{GroupId, NodeId};
+
+use super::machine::{SoundingUnderWay, Time};
+use super::world::{Arrival, Event, MS, Weather, World};
+use crate::pair::{Policy, Sounding};
+
+/// Questions of one sounding, and the time between two of them.
+const ASKS: u32 = 4;
+const ASK_EVERY: Time = 50 * MS;
+/// After the two hear each other again, both may answer for so long.
+const MEET_WITHIN: Time = 1_000 * MS;
+/// The same while datagrams are lost and late.
+const MEET_IN_BAD_WEATHER: Time = 4_000 * MS;
+
+/// See the [module documentation](self).
+#[derive(Debug, Default)]
+pub struct ServiceNetwork {
+    /// Whether the nodes use it as a second way.
+    pub used: bool,
+    /// Directed pairs that nothing gets through between.
+    pub cut: BTreeSet<(u64, u64)>,
+    /// Nodes that the gateway doesn't answer.
+    pub no_gateway: BTreeSet<u64>,
+    /// Since when the two can hear each other.
+    meets_since: Option<Time>,
+    /// The longest time that two machines answered for one address although they could hear each other.
+    pub longest_meeting: Time,
+}
+
+impl World {
+    /// Makes the machines a pair with a second way.
+    pub fn make_pair(&mut self, policy: Policy) {
+        self.service.used = true;
+        for m in self.machines.values_mut() {
+            m.pair = policy;
+        }
+    }
+
+    /// Cuts the two from each other on both networks.
+    pub fn split_pair(&mut self) {
+        self.cut.extend([(1, 2), (2, 1)]);
+        self.service.cut.extend([(1, 2), (2, 1)]);
+    }
+
+    /// Mends every cut.
+    pub fn mend_pair(&mut self) {
+        self.cut.clear();
+        self.service.cut.clear();
+        self.service.no_gateway.clear();
+    }
+
+    /// An operator has a node go on alone.
+    ///
+    /// # Errors
+    /// It is refused, or an invariant is broken.
+    pub fn force(&mut self, node: u64) -> Result<(), String> {
+        let t = self.t;
+        let machine = self.machine(node);
+        let now = machine.now(t);
+        let Some(p) = &mut machine.process else { return Err("it does not run".to_owned()) };
+        p.core.force("operator", now).map_err(|e| e.to_string())?;
+        self.drive(node)
+    }
+
+    /// The invariant of leases, with what a pair that is cut in two may do.
+    pub(super) fn check_leases(&mut self) -> Result<(), String> {
+        let split = self.service.used && self.may_both_answer();
+        let t = self.t;
+        let World { checker, machines, .. } = self;
+        checker.leases(machines, t, split)
+    }
+
+    fn may_both_answer(&mut self) -> bool {
+        if self.machines.values().any(|m| m.pair != Policy::Availability) {
+            return false;
+        }
+        let t = self.t;
+        let up = self.machines.values().all(|m| m.process.is_some() && m.paused_until <= t);
+        let both_ways = |cut: &BTreeSet<(u64, u64)>| !cut.contains(&(1, 2)) && !cut.contains(&(2, 1));
+        if !up || !both_ways(&self.cut) && !both_ways(&self.service.cut) {
+            self.service.meets_since = None;
+            return true;
+        }
+        let met = t - *self.service.meets_since.get_or_insert(t);
+        let groups: BTreeSet<GroupId> = self.machines.values().flat_map(|m| m.lane.keys().copied()).collect();
+        let twice = |g: &GroupId| self.machines.values().filter(|m| m.answers(*g, t).is_some()).count() > 1;
+        if groups.iter().any(twice) {
+            self.service.longest_meeting = self.service.longest_meeting.max(met);
+        }
+        met <= if self.weather == Weather::FAIR { MEET_WITHIN } else { MEET_IN_BAD_WEATHER }
+    }
+
+    /// Every datagram of a pair goes by both networks.
+    pub(super) fn by_service_network(&mut self, from: u64, to: u64, arrival: &Arrival) {
+        if !self.service.used || !self.machines.contains_key(&to) || self.service.cut.contains(&(from, to)) {
+            return;
+        }
+        if !self.random.ppm(self.weather.loss_ppm) {
+            let at = self.t + self.delay();
+            self.post(at, Event::Arrive { to, arrival: arrival.clone() });
+        }
+    }
+
+    /// A node wants to know about its peer, or no more.
+    pub(super) fn sound(&mut self, node: u64, on: bool) {
+        let t = self.t;
+        let machine = self.machine(node);
+        let (generation, idle) = (machine.generation, machine.sounding.is_none());
+        let began = machine.clock(t);
+        machine.sounding =
+            on.then_some(SoundingUnderWay { began, left: ASKS, claimed: None });
+        if on && idle {
+            self.post(t + 1, Event::Ask { node, generation });
+        }
+    }
+
+    pub(super) fn ask(&mut self, node: u64, generation: u64) -> Result<(), String> {
+        let t = self.t;
+        let machine = self.machine(node);
+        if machine.generation != generation || machine.process.is_none() {
+            return Ok(());
+        }
+        if machine.paused_until > t {
+            let until = machine.paused_until;
+            self.post(until + 1, Event::Ask { node, generation });
+            return Ok(());
+        }
+        let now = machine.now(t);
+        let Some(mut sounding) = machine.sounding else { return Ok(()) };
+        if sounding.left > 0 {
+            sounding.left -= 1;
+            let heard = !self.random.ppm(self.weather.loss_ppm);
+            let answers = |(id, m): (&u64, &super::machine::Machine)| {
+                let reached = !self.service.cut.contains(&(node, *id)) && !self.service.cut.contains(&(*id, node));
+                *id != node && reached && m.lane.keys().any(|g| m.answers(*g, t).is_some())
+            };
+            if heard && self.machines.iter().any(answers) {
+                sounding.claimed = Some(std::net::IpAddr::from([10, 1, 0, 1]));
+            }
+            self.machine(node).sounding = Some(sounding);
+            self.post(t + ASK_EVERY, Event::Ask { node, generation });
+            return Ok(());
+        }
+        let arbiter = Some(!self.service.no_gateway.contains(&node));
+        let machine = self.machine(node);
+        machine.sounding = Some(SoundingUnderWay { began: now.at, left: ASKS, claimed: None });
+        let Some(p) = &mut machine.process else { return Ok(()) };
+        let result = Sounding { began: sounding.began, ended: now.at, arbiter, claimed: sounding.claimed };
+        p.core.handle_sounding(result, now);
+        self.post(t + 1, Event::Ask { node, generation });
+        self.drive(node)
+    }
+
+    pub(super) fn write_aside(&mut self, node: u64, who: Vec<String>) {
+        let lasts = self.random.between(MS, 10 * MS);
+        let generation = self.machine(node).generation;
+        self.say(node, || format!("sets aside what {who:?} changed"));
+        self.post(self.t + lasts, Event::AsideWritten { node, generation, who });
+    }
+
+    pub(super) fn aside_written(&mut self, node: u64, generation: u64, who: Vec<String>) -> Result<(), String> {
+        let t = self.t;
+        let machine = self.machine(node);
+        if machine.generation != generation || machine.process.is_none() {
+            return Ok(());
+        }
+        if machine.paused_until > t {
+            let until = machine.paused_until;
+            self.post(until + 1, Event::AsideWritten { node, generation, who });
+            return Ok(());
+        }
+        let now = machine.now(t);
+        let Some(p) = &mut machine.process else { return Ok(()) };
+        p.core.handle_aside(true, now);
+        self.checker.set_aside(who.into_iter());
+        self.drive(node)
+    }
+
+    /// Whether a node goes on alone.
+    pub fn is_solo(&self, node: u64) -> bool {
+        self.process(node).is_some_and(|p| p.core.state().solo.is_some())
+    }
+}
+
+/// The two are one cluster again, and neither is alone.
+pub fn is_whole(w: &World) -> bool {
+    let Some(leader) = w.leader().and_then(|l| w.process(l)) else { return false };
+    let state = leader.core.state();
+    let votes = |id: u64| state.members.iter().any(|m| m.node.id == NodeId(id) && m.voter);
+    state.solo.is_none() && leader.core.voters().count() == 2 && votes(1) && votes(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use komainu_proto::domain::Role;
+
+    use super::*;
+    use crate::timing::Timing;
+
+    const G: GroupId = GroupId(1);
+
+    fn formed(seed: u64, policy: Policy) -> World {
+        let mut w = World::new(seed, &[Role::Balancer, Role::Balancer], Timing::default());
+        w.verbose = true;
+        w.make_pair(policy);
+        (1..=2).for_each(|id| w.start(id).unwrap());
+        assert!(w.run_until(6_000 * MS, is_whole).unwrap());
+        let leader = w.leader().unwrap();
+        w.change(leader, 1).unwrap();
+        w.run_for(500 * MS).unwrap();
+        assert!(w.owner(G).is_some(), "{}", w.transcript.join("\n"));
+        w
+    }
+
+    fn told(w: &World) -> String {
+        w.transcript.join("\n")
+    }
+
+    #[test]
+    fn a_survivor_goes_on_alone_and_its_peer_comes_back() {
+        for seed in 0..20 {
+            let mut w = formed(seed, Policy::Availability);
+            let owner = w.owner(G).unwrap();
+            let other = 3 - owner;
+            w.power_off(owner);
+            let cut = w.t;
+            assert!(w.run_until(cut + 1_000 * MS, |w| w.owner(G) == Some(other)).unwrap(), "{}", told(&w));
+            println!("seed {seed}: after {} ms", (w.t - cut) / MS);
+            assert!(w.is_solo(other));
+            // It takes changes alone, and remembers over a restart that it is alone.
+            w.change(other, 2).unwrap();
+            w.run_for(200 * MS).unwrap();
+            w.kill(other);
+            w.start(other).unwrap();
+            assert!(w.run_until(w.t + 1_000 * MS, |w| w.owner(G) == Some(other)).unwrap(), "{}", told(&w));
+            assert!(w.is_solo(other));
+            w.start(owner).unwrap();
+            assert!(w.run_until(w.t + 6_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));
+            w.run_for(1_000 * MS).unwrap();
+            let (a, b) = (w.process(1).unwrap(), w.process(2).unwrap());
+            assert_eq!(a.core.state(), b.core.state(), "{}", told(&w));
+            assert_eq!(w.owner(G), Some(other));
+            let state = a.core.state().clone();
+            w.checker.nothing_lost(&state).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_cut_cluster_link_alone_changes_nothing() {
+        for seed in 0..10 {
+            let mut w = formed(seed, Policy::Availability);
+            let owner = w.owner(G).unwrap();
+            w.cut.extend([(1, 2), (2, 1)]);
+            let until = w.t + 3_000 * MS;
+            let moved = w.run_until(until, |w| w.owner(G) != Some(owner) || w.is_solo(1) || w.is_solo(2));
+            assert!(!moved.unwrap(), "{}", told(&w));
+        }
+    }
+
+    #[test]
+    fn whoever_has_no_gateway_or_sees_the_address_answered_for_waits() {
+        for seed in 0..10 {
+            let mut w = formed(seed, Policy::Availability);
+            let owner = w.owner(G).unwrap();
+            let other = 3 - owner;
+            w.power_off(owner);
+            w.service.no_gateway.insert(other);
+            w.run_for(3_000 * MS).unwrap();
+            assert!(!w.is_solo(other) && w.owner(G).is_none());
+            w.service.no_gateway.clear();
+            assert!(w.run_until(w.t + 1_000 * MS, |w| w.owner(G) == Some(other)).unwrap(), "{}", told(&w));
+        }
+    }
+
+    #[test]
+    fn two_that_were_split_meet_again_and_nothing_is_dropped() {
+        for seed in 0..20 {
+            let mut w = formed(seed, Policy::Availability);
+            w.split_pair();
+            assert!(w.run_until(w.t + 2_000 * MS, |w| w.is_solo(1) && w.is_solo(2)).unwrap(), "{}", told(&w));
+            w.run_for(300 * MS).unwrap();
+            w.change(1, 1).unwrap();
+            w.change(2, 1).unwrap();
+            w.run_for(300 * MS).unwrap();
+            let winner = (1..=2).max_by_key(|id| w.process(*id).unwrap().core.state().line).unwrap();
+            w.announced.clear();
+            w.mend_pair();
+            let healed = w.t;
+            w.run_for(1_000 * MS).unwrap();
+            assert!(w.service.longest_meeting <= 100 * MS, "{} ms", w.service.longest_meeting / MS);
+            assert_eq!(w.owner(G), Some(winner), "{}", told(&w));
+            assert_eq!(w.announced.get(&G), Some(&winner));
+            assert!(w.run_until(healed + 6_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));
+            let state = w.process(winner).unwrap().core.state().clone();
+            assert_eq!(w.checker.acknowledged(), 3);
+            w.checker.nothing_lost(&state).unwrap();
+        }
+    }
+
+    #[test]
+    fn under_safety_a_survivor_waits_until_it_is_forced() {
+        for seed in 0..10 {
+            let mut w = formed(seed, Policy::Safety);
+            let owner = w.owner(G).unwrap();
+            let other = 3 - owner;
+            assert!(w.force(other).unwrap_err().contains("is heard"));
+            w.power_off(owner);
+            w.run_for(3_000 * MS).unwrap();
+            assert!(w.owner(G).is_none());
+            w.force(other).unwrap();
+            assert!(w.run_until(w.t + 200 * MS, |w| w.owner(G) == Some(other)).unwrap(), "{}", told(&w));
+            assert!(w.force(other).unwrap_err().contains("decides alone already"));
+            w.start(owner).unwrap();
+            assert!(w.run_until(w.t + 6_000 * MS, is_whole).unwrap(), "{}", told(&w));
+        }
+    }
+
+    #[test]
+    fn a_third_voter_can_not_be_passed_over() {
+        let mut w =
+            super::super::faults::formed(1, &[Role::Balancer, Role::Balancer, Role::Witness], 1).unwrap();
+        w.kill(2);
+        w.kill(3);
+        w.run_for(3_000 * MS).unwrap();
+        assert!(w.force(1).unwrap_err().contains("no pair"));
+    }
+
+    /// A pair could never come back from the loss of a disk: whoever was left had no quorum to admit the other with.
+    #[test]
+    fn a_lost_disk_is_no_end() {
+        for seed in 0..10 {
+            let mut w = formed(seed, Policy::Availability);
+            let owner = w.owner(G).unwrap();
+            w.power_off(owner);
+            w.machine(owner).disk.lose_everything();
+            w.start(owner).unwrap();
+            assert!(w.run_until(w.t + 8_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));
+        }
+    }
+}
