@@ -13,6 +13,7 @@
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
 //! | [`health`] | health checks: probes, rise/fall counting, scheduling |
 //! | [`metrics`] | pages for machines: `/metrics`, `/healthz`, `/readyz` |
+//! | [`pair`] | a pair without a third node: second way, sounding, what was set aside |
 //! | [`planner`] | replicated state → plan for the lane |
 //! | [`render`] | answers of the API as people and as programs read them |
 //! | [`self_health`] | is this node fit to own a VIP group? |
@@ -26,6 +27,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod health;
 pub mod metrics;
+pub mod pair;
 pub mod planner;
 pub mod render;
 pub mod self_health;

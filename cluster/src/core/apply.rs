@@ -259,7 +259,7 @@ impl Core {
     }
 
     /// Ends the request whose entry stands at `index`.
-    pub(super) fn answer(&mut self, index: u64, term: u64, result: Result<Outcome, Refusal>) {
+    fn answer(&mut self, index: u64, term: u64, result: Result<Outcome, Refusal>) {
         if let Some(r) = self.requests.remove(&index) {
             // Another leader's entry stands where this one's was.
             let result = if r.term == term { result.map_err(Failure::Refused) } else { Err(Failure::Lost) };

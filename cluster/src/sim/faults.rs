@@ -8,10 +8,13 @@ use super::machine::{Machine, Time};
 use super::plan::{Action, Plan};
 use super::world::{MS, Weather, World};
 use crate::core::Request;
+use crate::pair::Policy;
 use crate::timing::Timing;
 
 /// How long the cluster may take to be whole again after the last fault.
 const HEALS_WITHIN: Time = 6_000 * MS;
+/// The same in a pair: one that has lost its store, or gives way, joins anew, and whoever is switched on waits for the other.
+const PAIR_HEALS_WITHIN: Time = 12_000 * MS;
 /// Machines of one run, those that join included.
 const MAX_MACHINES: u64 = 7;
 
@@ -71,6 +74,9 @@ pub fn play(plan: &Plan, verbose: bool) -> (World, Result<(), Violation>) {
 pub(super) fn world(plan: &Plan, verbose: bool) -> World {
     let mut w = World::new(plan.world, &plan.roles, plan.profile.timing());
     w.verbose = verbose;
+    if let Some(policy) = plan.pair {
+        w.make_pair(policy);
+    }
     w
 }
 
@@ -242,6 +248,35 @@ fn act(w: &mut World, plan: &Plan, action: &Action) -> Result<(), String> {
             let node = komainu_proto::domain::NodeId(*node);
             w.request(leader, Request::Leave { node, who: "operator".to_owned() })?;
         }
+        Action::CutService { .. } | Action::SplitPair
+            if !w.service.cut.is_empty() && w.random.below(2) == 0 =>
+        {
+            w.say(0, || "all cuts are mended".to_owned());
+            w.mend_pair();
+        }
+        Action::CutService { from, one_way } => {
+            let to = 3 - from;
+            let how = if *one_way { "does not reach" } else { "is cut from" };
+            w.say(*from, || format!("{how} n{to} on the service network"));
+            w.service.cut.insert((*from, to));
+            if !one_way {
+                w.service.cut.insert((to, *from));
+            }
+        }
+        Action::SplitPair => {
+            w.say(0, || "the two are cut from each other everywhere".to_owned());
+            w.split_pair();
+        }
+        Action::Gateway { node } => {
+            let gone = w.service.no_gateway.insert(*node) || !w.service.no_gateway.remove(node);
+            w.say(*node, || format!("{} its gateway", if gone { "loses" } else { "finds" }));
+        }
+        Action::LoseDisk { node } if plan.pair == Some(Policy::Availability) && super::pairs::is_whole(w) => {
+            w.say(*node, || "loses its disk".to_owned());
+            w.power_off(*node);
+            w.machine(*node).disk.lose_everything();
+            w.start(*node)?;
+        }
         Action::Change { node, leader } => {
             let asked = w.leader().filter(|_| *leader).unwrap_or(*node);
             w.change(asked, plan.groups)?;
@@ -263,7 +298,7 @@ fn replaceable(w: &World) -> bool {
 fn heal(w: &mut World) -> Result<(), String> {
     w.say(0, || "faults cease".to_owned());
     w.weather = Weather::FAIR;
-    w.cut.clear();
+    w.mend_pair();
     let ids: Vec<u64> = w.machines.keys().copied().collect();
     for id in ids {
         w.machine(id).slow_fsync = None;
@@ -279,11 +314,12 @@ fn heal(w: &mut World) -> Result<(), String> {
 }
 
 fn whole_again(w: &mut World, plan: &Plan) -> Result<(), Violation> {
-    let until = w.disks_well_at() + HEALS_WITHIN;
+    let until = w.disks_well_at() + if plan.pair.is_some() { PAIR_HEALS_WITHIN } else { HEALS_WITHIN };
     let groups: Vec<GroupId> = (1..=plan.groups).map(GroupId).collect();
     let whole = |w: &World| {
         let Some(state) = w.leader().and_then(|l| w.process(l)).map(|p| p.core.state()) else { return false };
         groups.iter().all(|g| w.owner(*g).is_some())
+            && (plan.pair.is_none() || super::pairs::is_whole(w))
             && state.held.is_empty()
             && state.members.iter().all(|m| {
                 w.process(m.node.id.0).is_some_and(|p| p.core.raft_id().0 == m.raft_id && p.core.state().index == state.index)

@@ -4,11 +4,14 @@
 
 use std::collections::BTreeSet;
 
-use komainu_proto::domain::{GroupId, NodeId};
+use komainu_proto::domain::{GroupId, NodeId, Role};
 
+use super::Random;
 use super::machine::{SoundingUnderWay, Time};
+use super::plan::{Action, MAX_DRIFT_PPM, Plan, Step, drift};
 use super::world::{Arrival, Event, MS, Weather, World};
 use crate::pair::{Policy, Sounding};
+use crate::timing::Profile;
 
 /// Questions of one sounding, and the time between two of them.
 const ASKS: u32 = 4;
@@ -196,12 +199,144 @@ pub fn is_whole(w: &World) -> bool {
     state.solo.is_none() && leader.core.voters().count() == 2 && votes(1) && votes(2)
 }
 
+/// The kinds of faults of a pair, and how likely each is at most.
+const KINDS: [(Kind, u64); 13] = [
+    (Kind::Kill, 5),
+    (Kind::PowerOff, 6),
+    (Kind::Freeze, 6),
+    (Kind::Suspend, 1),
+    (Kind::Cut, 6),
+    (Kind::CutService, 5),
+    (Kind::Split, 8),
+    (Kind::Gateway, 2),
+    (Kind::Switchover, 3),
+    (Kind::Resign, 3),
+    (Kind::LoseDisk, 2),
+    (Kind::SlowDisk, 2),
+    (Kind::Drift, 2),
+];
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Kill,
+    PowerOff,
+    Freeze,
+    Suspend,
+    Cut,
+    CutService,
+    Split,
+    Gateway,
+    Switchover,
+    Resign,
+    LoseDisk,
+    SlowDisk,
+    Drift,
+}
+
+impl Plan {
+    /// The run of a pair: which policy, in which weather, and what happens.
+    pub(super) fn draw_pair(seed: u64) -> Plan {
+        let mut random = Random(seed);
+        let r = &mut random;
+        let world = r.draw();
+        let some = |r: &mut Random, n: u64| if r.below(2) == 0 { 0 } else { r.below(n) };
+        let policy = if r.below(4) == 0 { Policy::Safety } else { Policy::Availability };
+        let weather = Weather {
+            loss_ppm: some(r, 150_000) as u32,
+            twice_ppm: some(r, 100_000) as u32,
+            delay: r.between(MS / 10, 3 * MS),
+            late_ppm: some(r, 30_000) as u32,
+            late: r.between(10 * MS, 400 * MS),
+            fsync: r.between(MS, 15 * MS),
+            slow_ppm: some(r, 30_000) as u32,
+            slow: r.between(20 * MS, 300 * MS),
+        };
+        let most_drift = r.below(MAX_DRIFT_PPM as u64 + 1) as i64;
+        let drift_ppm = (0..2).map(|_| drift(r, most_drift)).collect();
+        let likely = KINDS.map(|(_, most)| some(r, most));
+        let lasts = r.between(2_000, 12_000) * MS;
+        let every = r.between(200 * MS, 1_500 * MS);
+        let mut steps = Vec::new();
+        let mut t = 0;
+        while t < lasts {
+            let after = r.below(every);
+            t += after;
+            steps.extend(draw_action(r, &likely, most_drift).map(|action| Step { after, action }));
+            if r.below(3) == 0 {
+                let (node, leader) = (1 + r.below(2), r.below(3) == 0);
+                steps.push(Step { after: 0, action: Action::Change { node, leader } });
+            }
+        }
+        let groups = r.between(1, 3) as u32;
+        let roles = vec![Role::Balancer, Role::Balancer];
+        let profile = Profile::Default;
+        Plan { seed, world, roles, groups, weather, drift_ppm, profile, pair: Some(policy), steps }
+    }
+}
+
+fn draw_action(r: &mut Random, likely: &[u64], most_drift: i64) -> Option<Action> {
+    let mut pick = r.below(likely.iter().sum::<u64>().max(1));
+    let node = 1 + r.below(2);
+    let kind = KINDS.iter().zip(likely).find_map(|((kind, _), n)| {
+        let found = pick < *n;
+        pick = pick.wrapping_sub(*n);
+        found.then_some(*kind)
+    })?;
+    let again = |r: &mut Random| (r.below(2) == 0).then(|| r.below(1_500 * MS));
+    Some(match kind {
+        Kind::Kill => Action::Kill { node, again: again(r) },
+        Kind::PowerOff => Action::PowerOff { node, again: again(r) },
+        Kind::Freeze => Action::Freeze { node, lasts: r.between(5 * MS, 2_500 * MS) },
+        Kind::Suspend => Action::Suspend { node, lasts: r.between(5 * MS, 1_500 * MS) },
+        Kind::Cut => Action::Cut { from: node, to: 3 - node, one_way: r.below(3) == 0 },
+        Kind::CutService => Action::CutService { from: node, one_way: r.below(3) == 0 },
+        Kind::Split => Action::SplitPair,
+        Kind::Gateway => Action::Gateway { node },
+        Kind::Switchover => Action::Switchover { to: (r.below(2) == 0).then_some(node) },
+        Kind::Resign => Action::Resign { node, within: r.between(10 * MS, 1_500 * MS) },
+        Kind::LoseDisk => Action::LoseDisk { node },
+        Kind::SlowDisk => Action::SlowDisk {
+            node,
+            fsync: r.between(50 * MS, 500 * MS),
+            lasts: r.between(100 * MS, 2_000 * MS),
+        },
+        Kind::Drift => Action::Drift { node, ppm: drift(r, most_drift) },
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use komainu_proto::domain::Role;
+    use std::sync::Mutex;
 
+    use super::super::plan::PAIRS_FROM;
+    use super::super::program::each_seed;
     use super::*;
     use crate::timing::Timing;
+
+    /// Seeds of one `cargo test`; `make sim` runs more.
+    const SEEDS: u64 = 200;
+
+    #[test]
+    fn no_pair_breaks_an_invariant() {
+        let number = |name| std::env::var(name).ok().and_then(|s: String| s.parse::<u64>().ok());
+        let (first, seeds) = (number("SEED").unwrap_or(1), number("SEEDS").unwrap_or(SEEDS));
+        let lines = number("LINES").unwrap_or(60) as usize;
+        let failed = Mutex::new(Vec::new());
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        each_seed(PAIRS_FROM + first..PAIRS_FROM + first + seeds, threads, |seed| {
+            let run = |verbose| std::panic::catch_unwind(|| super::super::run(seed, verbose));
+            let result = run(false)
+                .map_or_else(|_| Err("a node panicked".to_owned()), |(_, r)| r.map_err(|v| v.to_string()));
+            let Err(what) = result else { return true };
+            let transcript = run(true).map_or_else(|_| Vec::new(), |(w, _)| w.transcript);
+            let tail = transcript.len().saturating_sub(lines);
+            let mut failed = failed.lock().unwrap();
+            failed.push(format!("seed {}: {what}\n{}", seed - PAIRS_FROM, transcript[tail..].join("\n")));
+            failed.len() < 3
+        });
+        let failed = failed.into_inner().unwrap();
+        assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+    }
 
     const G: GroupId = GroupId(1);
 

@@ -7,6 +7,7 @@ use komainu_proto::domain::Role;
 use super::Random;
 use super::machine::Time;
 use super::world::{MS, Weather};
+use crate::pair::Policy;
 use crate::timing::Profile;
 
 /// The kinds of faults, and how likely each is at most.
@@ -30,6 +31,9 @@ const KINDS: [(Kind, u64); 16] = [
 ];
 /// Clocks run fast or slow by up to this: what [`crate::timing::Timing`] allows for.
 pub const MAX_DRIFT_PPM: i64 = 10_000;
+
+/// Seeds from here on are runs of pairs without a third node.
+pub const PAIRS_FROM: u64 = 1 << 40;
 
 /// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +158,20 @@ pub enum Action {
         /// Which node.
         node: u64,
     },
+    /// In a pair: one way of the service network is cut, or both.
+    CutService {
+        /// From this node to the other.
+        from: u64,
+        /// Not in the other direction.
+        one_way: bool,
+    },
+    /// In a pair: the two are cut from each other on both networks; or all is mended.
+    SplitPair,
+    /// In a pair: the gateway answers a node no more, or again.
+    Gateway {
+        /// Which node.
+        node: u64,
+    },
     /// A client asks for a change of the document.
     Change {
         /// Which node it asks; the leader if there is one and `leader` says so.
@@ -189,6 +207,8 @@ pub struct Plan {
     pub drift_ppm: Vec<i64>,
     /// Durations of beats, leases and elections.
     pub profile: Profile,
+    /// A pair without a third node, and what it does.
+    pub pair: Option<Policy>,
     /// What happens.
     pub steps: Vec<Step>,
 }
@@ -196,6 +216,9 @@ pub struct Plan {
 impl Plan {
     /// The run of a seed.
     pub fn draw(seed: u64) -> Plan {
+        if seed >= PAIRS_FROM {
+            return Plan::draw_pair(seed);
+        }
         let mut random = Random(seed);
         let r = &mut random;
         let world = r.draw();
@@ -224,7 +247,8 @@ impl Plan {
         let every = r.between(50 * MS, 600 * MS);
         let groups = r.between(1, 4) as u32;
         let profile = if seed % 8 == 3 { Profile::Fast } else { Profile::Default };
-        let mut plan = Plan { seed, world, roles, groups, weather, drift_ppm, profile, steps: Vec::new() };
+        let mut plan =
+            Plan { seed, world, roles, groups, weather, drift_ppm, profile, pair: None, steps: Vec::new() };
         let mut t = 0;
         while t < lasts {
             let after = r.below(every);
@@ -285,7 +309,7 @@ impl Plan {
     }
 }
 
-fn drift(r: &mut Random, most: i64) -> i64 {
+pub(super) fn drift(r: &mut Random, most: i64) -> i64 {
     r.below(2 * most as u64 + 1) as i64 - most
 }
 
@@ -301,6 +325,9 @@ impl fmt::Display for Plan {
             self.profile.as_str(),
             self.drift_ppm
         )?;
+        if let Some(policy) = self.pair {
+            writeln!(f, "a pair: {policy:?}")?;
+        }
         writeln!(f, "{:?}", self.weather)?;
         for step in &self.steps {
             writeln!(f, "  +{:>8.3} ms  {:?}", step.after as f64 / MS as f64, step.action)?;

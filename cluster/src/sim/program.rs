@@ -19,13 +19,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::faults::{self, Kind, Violation};
-use super::plan::Plan;
+use super::plan::{PAIRS_FROM, Plan};
 use super::world::Weather;
 use crate::rules::Rule;
 
 const USAGE: &str = "usage: sim [--seeds N] [--first SEED] [--threads N] [--out DIR] [--mutate] [--no-shrink]
   --seeds      how many seeds (10000)
   --first      the first of them (1)
+  --pairs      how many runs of pairs without a third node beside them (a quarter as many)
   --threads    how many at a time (one a processor)
   --out        directory for transcripts of failures (target/sim)
   --mutate     first break each rule in turn, and fail where nothing notices
@@ -34,6 +35,8 @@ const USAGE: &str = "usage: sim [--seeds N] [--first SEED] [--threads N] [--out 
 const MAX_TOLD: usize = 5;
 /// Runs that one failure may be shortened by.
 const MAX_SHRINKING: usize = 300;
+/// One run of a pair for so many others.
+const PAIRS_SHARE: u64 = 4;
 /// Seeds within which a broken rule must be found.
 const MUTATION_WITHIN: u64 = 20_000;
 
@@ -45,6 +48,8 @@ thread_local! {
 struct Options {
     seeds: u64,
     first: u64,
+    /// Runs of pairs without a third node, beside the others.
+    pairs: u64,
     threads: usize,
     out: PathBuf,
     mutate: bool,
@@ -64,7 +69,7 @@ pub fn main(args: impl Iterator<Item = String>) -> u8 {
     panic::set_hook(Box::new(|info| PANIC.set(info.to_string().replace('\n', ": "))));
     let missed = if options.mutate { mutate(&options) } else { 0 };
     let (failed, worst) = hunt(&options);
-    println!("{} passed, {failed} failed", options.seeds - failed);
+    println!("{} passed, {failed} failed", options.seeds + options.pairs - failed);
     match worst {
         Some(Kind::Safety) => 11,
         Some(Kind::Crash) => 10,
@@ -77,12 +82,14 @@ pub fn main(args: impl Iterator<Item = String>) -> u8 {
 fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let out = PathBuf::from("target/sim");
-    let mut o = Options { seeds: 10_000, first: 1, threads, out, mutate: false, shrink: true };
+    let mut o = Options { seeds: 10_000, first: 1, pairs: 0, threads, out, mutate: false, shrink: true };
+    let mut pairs = None;
     while let Some(flag) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{flag}: a value is missing"));
         let number = |text: String| text.parse::<u64>().map_err(|e| format!("{flag} {text}: {e}"));
         match flag.as_str() {
             "--seeds" => o.seeds = number(value()?)?,
+            "--pairs" => pairs = Some(number(value()?)?),
             "--first" => o.first = number(value()?)?,
             "--threads" => o.threads = number(value()?)?.clamp(1, 1024) as usize,
             "--out" => o.out = PathBuf::from(value()?),
@@ -91,7 +98,10 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
             _ => return Err(format!("{flag}: no such option")),
         }
     }
-    o.first.checked_add(o.seeds).ok_or("--first and --seeds: too many")?;
+    o.pairs = pairs.unwrap_or(o.seeds / PAIRS_SHARE);
+    let end = o.first.checked_add(o.seeds).ok_or("--first and --seeds: too many")?;
+    // A seed that stands for a pair is given as it is told.
+    o.pairs = if end > PAIRS_FROM { 0 } else { o.pairs };
     Ok(o)
 }
 
@@ -124,7 +134,7 @@ pub(super) fn each_seed(seeds: std::ops::Range<u64>, threads: usize, look: impl 
 fn hunt(o: &Options) -> (u64, Option<Kind>) {
     let (failed, told) = (AtomicU64::new(0), AtomicUsize::new(0));
     let worst = Mutex::new(None::<Kind>);
-    each_seed(o.first..o.first + o.seeds, o.threads, |seed| {
+    let look = |seed| {
         let plan = Plan::draw(seed);
         let Err(violation) = outcome(&plan) else { return true };
         failed.fetch_add(1, Ordering::Relaxed);
@@ -142,7 +152,10 @@ fn hunt(o: &Options) -> (u64, Option<Kind>) {
             Err(e) => println!("seed {seed}: {violation}\n  no transcript: {}: {e}", o.out.display()),
         }
         true
-    });
+    };
+    each_seed(o.first..o.first + o.seeds, o.threads, look);
+    let pairs = PAIRS_FROM.saturating_add(o.first);
+    each_seed(pairs..pairs + o.pairs, o.threads, look);
     (failed.into_inner(), worst.into_inner().expect("no panic"))
 }
 

@@ -165,6 +165,12 @@ impl State {
             }
             Change::NodeJoin { node } => self.change_joining(command, node),
             Change::NodeLeave { node } => self.change_leaving(command, *node),
+            Change::SetAside { node, file } => {
+                let name = self.node_name(Some(*node));
+                let text = format!("set aside what was changed there while the pair was split: {file}");
+                self.event(command, EventKind::Document, &name, text);
+                Ok(self.outcome(true))
+            }
         }
     }
 

@@ -223,6 +223,14 @@ pub enum Change {
         up_to_index: u64,
     },
 
+    /// A node has set its own changes aside, which it had made while it went on alone. Changes nothing but the events.
+    SetAside {
+        /// Which node.
+        node: NodeId,
+        /// Where, on that node.
+        file: String,
+    },
+
     // --- membership: what operators ask for ------------------------------------------------------------------------
     /// Admit a node, as soon as it is heard and is what is said here.
     NodeJoin {

@@ -29,8 +29,8 @@ pub struct Solo {
 }
 
 impl State {
-    /// Begins a line: from here on everything is `node`'s alone. Nobody owns a group any more; the others are members that have
-    /// no vote.
+    /// Begins a line: from here on everything is one node's alone. Nobody else owns a group any more; the others are members that
+    /// have no vote.
     ///
     /// # Panics
     /// When the line is not above the one before.
@@ -58,8 +58,14 @@ impl State {
         self.held.retain(|h| h.node == node);
         for group in &mut self.groups {
             let group = Arc::make_mut(group);
-            group.owner = None;
             group.epoch = group.epoch.max(pair::first_epoch(term));
+            if group.owner == Some(node) {
+                // It goes on, under a lease and tables of this line.
+                group.epoch += 1;
+                group.assigned_index = self.index;
+            } else {
+                group.owner = None;
+            }
         }
         let text = match who {
             CLUSTER => format!("goes on alone in term {term}: its peer is silent on every path"),

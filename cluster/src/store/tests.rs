@@ -52,6 +52,28 @@ fn a_new_store_is_empty() {
 }
 
 #[test]
+fn what_was_forgotten_is_gone_and_the_store_lives_again() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut disk = open(dir.path()).expect("opens").store;
+    let mut memory = MemoryStore::new();
+    let forget = Persist { forget: true, sync: true, ..Persist::default() };
+    for write in [first(), appended(vec![entry(1, 1, 10), entry(2, 1, 100_000)]), forget] {
+        disk.write(&write).expect("writes");
+        memory.write(&write).expect("writes");
+    }
+    memory.lose_unsynced();
+    assert_eq!(memory.load().expect("reads"), None);
+    drop(disk);
+    let opened = open(dir.path()).expect("opens");
+    assert!(opened.set_aside.is_empty());
+    let mut disk = opened.store;
+    assert_eq!(disk.load().expect("reads"), None);
+    disk.write(&first()).expect("writes");
+    drop(disk);
+    assert_eq!(reopened(dir.path()).1.raft_id, RaftId(0x1_0001));
+}
+
+#[test]
 fn what_was_written_is_there_after_a_restart() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut store = open(dir.path()).expect("opens").store;

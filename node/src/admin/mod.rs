@@ -48,6 +48,8 @@ pub struct Context {
     pub lane: Option<SharedLane>,
     /// Why it is that lane, in a sentence; empty on a witness.
     pub lane_reason: Arc<str>,
+    /// Where this node stores what it keeps.
+    pub data_dir: std::path::PathBuf,
     /// Who has this node's flows.
     pub followers: Followers,
     /// Shown in status beside the cluster layer's.

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 
 use komainu_cluster::api::NodeIdentity;
-use komainu_cluster::shell::View;
+use komainu_cluster::shell::{ProposeError, View};
 use komainu_cluster::state::{Change, GroupState, ServiceState, State};
 use komainu_proto::admin::admin_server::Admin;
 use komainu_proto::admin::*;
@@ -14,11 +14,12 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::query::{MAX_FLOWS, ask};
 use super::{Context, changes, identity, listen, refuse, status};
 use crate::config::node::is_node_name;
+use crate::pair;
 
 /// Flows listed when the request gives no limit.
 const DEFAULT_FLOWS: u32 = 1000;
@@ -260,12 +261,34 @@ impl Admin for Administration {
         Ok(Response::new(NodeChangeResponse { members: status::members(&self.context.cluster.live()) }))
     }
 
-    async fn node_force(&self, _: Request<NodeForceRequest>) -> Result<Response<NodeChangeResponse>, Status> {
-        let quorum = self.context.cluster.live().quorum;
-        Err(Status::failed_precondition(format!(
-            "node force: the quorum is \"{}\", and only a pair without a witness can be forced to go on alone, which this version does not support; bring a majority of the nodes back",
-            quorum.as_str()
-        )))
+    async fn node_force(
+        &self,
+        request: Request<NodeForceRequest>,
+    ) -> Result<Response<NodeForceResponse>, Status> {
+        let who = self.who(&request);
+        let view = self.context.cluster.live();
+        let refuse = |reason: &str| Err(Status::failed_precondition(format!("node force: {reason}")));
+        let peer = match &view.standing.peer {
+            Err(reason) => return refuse(reason),
+            Ok(peer) => status::name_of(&view, *peer),
+        };
+        if view.standing.silent.is_none() {
+            return refuse(&format!(
+                "{peer} is heard, or was until a moment ago: only a node whose peer is silent on every path can be forced"
+            ));
+        }
+        let risks = pair::risks(&view, &self.context.data_dir.join("aside").display().to_string());
+        let forced = request.into_inner().confirmed;
+        if forced {
+            let outcome = self.context.cluster.force(&who).await.map_err(|error| match error {
+                ProposeError::Impossible(reason) => Status::failed_precondition(format!("node force: {reason}")),
+                error => refuse::propose(error),
+            })?;
+            warn!(target: changes::AUDIT, who, index = outcome.index, "node force");
+            self.context.see(outcome.index).await;
+        }
+        let members = status::members(&self.context.cluster.live());
+        Ok(Response::new(NodeForceResponse { members, risks, forced }))
     }
 
     async fn flows(&self, request: Request<FlowsRequest>) -> Result<Response<Self::FlowsStream>, Status> {

@@ -97,6 +97,8 @@ fn cluster(view: &View) -> ClusterStatus {
         term: view.term,
         quorum: view.quorum.as_str().to_owned(),
         solo: view.solo,
+        solo_term: view.state.solo.as_ref().map(|solo| solo.term),
+        solo_since_unix_ms: view.state.solo.as_ref().map(|solo| solo.since_ms),
         revision: view.state.revision,
         pending_confirm: view.state.pending.as_ref().map(|pending| PendingConfirm {
             revision: pending.revision,

@@ -20,8 +20,9 @@ use komainu_packet::lane::{self, LaneKind};
 
 pub use report::{Finding, Level, Report};
 
-use crate::config::node::LaneChoice;
+use crate::config::node::{LaneChoice, Pair};
 use crate::config::{ConfigError, NodeConfig};
+use crate::pair;
 
 /// Who asks: what a running daemon holds is no fault to an operator, and a good reason for another daemon not to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +51,7 @@ pub fn check(config: &NodeConfig, asker: Asker) -> Report {
         lane_findings(choice.kind, &lane, &mut findings);
         machine::reverse_path_filter(&lane, &mut findings);
     }
+    pair(config, &mut findings);
     machine::clock(&mut findings);
     machine::priority(&mut findings);
     machine::memory_lock(&mut findings);
@@ -85,6 +87,25 @@ fn lane_choice(config: &NodeConfig) -> Option<Choice> {
         LaneChoice::Tc => Choice::forced(LaneKind::Tc),
         LaneChoice::AfPacket => Choice::forced(LaneKind::AfPacket),
     })
+}
+
+/// What two balancers without a third node promise, and what is missing for it.
+fn pair(config: &NodeConfig, findings: &mut Vec<Finding>) {
+    let Some(cluster) = config.cluster.as_ref().filter(|_| pair::is_pair(config)) else { return };
+    let text = match (cluster.pair, pair::gateway(config, None)) {
+        (Pair::Safety, _) => "safety: when the peer is silent this node waits for `komainu node force`".to_owned(),
+        (Pair::Availability, Some(gateway)) => format!(
+            "availability: when the peer is silent on every path this node goes on alone, provided that the gateway {gateway} \
+             answers and nobody else answers for a VIP"
+        ),
+        (Pair::Availability, None) => {
+            let text = "availability, but there is no gateway by which to tell a dead peer from a cut cable here: when the \
+                        peer is silent this node waits for `komainu node force`";
+            findings.push(Finding::warn("pair", text, "name the router's address as [service] gateway"));
+            return;
+        }
+    };
+    findings.push(Finding::ok("pair", text));
 }
 
 fn of_mistakes(error: &ConfigError) -> Vec<Finding> {

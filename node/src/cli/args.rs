@@ -316,8 +316,12 @@ pub enum NodeCommand {
         #[arg(value_name = "NODE")]
         name: String,
     },
-    /// Make the asked node go on alone although its peer is silent
-    Force,
+    /// Make the asked node of a pair go on alone, whose peer is silent on every path. Tells first what is risked
+    Force {
+        /// Do it: without, only what is risked is told
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 /// `SERVICE/BACKEND`.
@@ -451,6 +455,7 @@ mod tests {
             "node leave lb4",
             "node leave lb4 --node unix:/run/komainu/admin.sock",
             "node force",
+            "node force --yes",
             "flows --service web --backend be1 --json",
             "trace --service web --from 198.51.100.7:40000",
             "events --follow --json",

@@ -78,9 +78,27 @@ pub async fn node(client: &mut Client, output: &Output, command: NodeCommand) ->
         NodeCommand::Leave { name } => {
             client.call(admin.node_leave(NodeLeaveRequest { node: name })).await?.members
         }
-        NodeCommand::Force => client.call(admin.node_force(NodeForceRequest {})).await?.members,
+        NodeCommand::Force { yes } => return force(client, output, yes).await,
     };
     print(output, members)
+}
+
+/// Has the asked node go on alone, after what is risked was told.
+async fn force(client: &mut Client, output: &Output, yes: bool) -> Result<(), CliError> {
+    let mut admin = client.admin.clone();
+    let answer = client.call(admin.node_force(NodeForceRequest { confirmed: yes })).await?;
+    for risk in &answer.risks {
+        output.progress(&format!("risk: {risk}"));
+    }
+    if !answer.forced {
+        return Err(CliError::new(
+            "nothing was done: make sure that the peer is dead or cut off from every client, then `komainu node force --yes`",
+        ));
+    }
+    if output.json() {
+        return print(output, answer.members);
+    }
+    output.text("this node goes on alone\n")
 }
 
 fn print(output: &Output, members: Vec<Member>) -> Result<(), CliError> {

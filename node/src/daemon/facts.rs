@@ -8,13 +8,14 @@ use komainu_cluster::flowsync::PeerStatus;
 use komainu_cluster::shell::{ClusterHandle, MemberView, View};
 use komainu_proto::domain::Role;
 
+use crate::config::NodeConfig;
 use crate::datapath::{InstallStatus, LanePath};
 use crate::health::schedule::Checker;
 use crate::metrics::Snapshot;
 use crate::metrics::families::DataPathSnapshot;
 use crate::metrics::sharing::SharingSnapshot;
 use crate::warm::Warm;
-use crate::{metrics, planner};
+use crate::{metrics, pair, planner};
 
 /// Shared by the administration, the metrics page and systemd's line.
 pub(super) struct Facts {
@@ -22,6 +23,7 @@ pub(super) struct Facts {
     /// On balancers.
     pub(super) data_path: Option<DataPathFacts>,
     pub(super) self_health: Arc<Mutex<SelfHealth>>,
+    pub(super) config: NodeConfig,
     pub(super) started: Instant,
 }
 
@@ -42,6 +44,8 @@ impl Facts {
             let own: Vec<_> = d.path.lane().links().into_iter().flat_map(|l| l.addresses).collect();
             notices.extend(planner::off_segment(&view.state, &own));
             notices.extend(not_caught_up(&view, d.path.warm().map(Warm::peers).unwrap_or_default()));
+            let gateway = pair::gateway(&self.config, Some(d.path.lane()));
+            notices.extend(pair::notices(&view, gateway, &pair::kept(&self.config.data_dir)));
         }
         notices
     }
@@ -174,6 +178,7 @@ mod tests {
             leases: vec![],
             quorum: Quorum::Witness,
             solo: false,
+            standing: komainu_cluster::core::Standing::none("a test"),
             notes: vec![],
             at: komainu_cluster::time::Instant(0),
         }

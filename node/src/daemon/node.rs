@@ -34,7 +34,7 @@ use crate::datapath::{InstallStatus, Installer, LanePath};
 use crate::health::probe::NetProbe;
 use crate::health::schedule::{Checker, Target};
 use crate::warm::Warm;
-use crate::{metrics, self_health};
+use crate::{metrics, pair, self_health};
 
 /// A running node.
 pub(super) struct Node {
@@ -118,6 +118,7 @@ impl Node {
                 install,
             }),
             self_health: self_health.clone(),
+            config: config.clone(),
             started,
         });
 
@@ -128,6 +129,7 @@ impl Node {
             cluster: cluster.clone(),
             lane,
             lane_reason: lane_reason.into(),
+            data_dir: config.data_dir.clone(),
             followers,
             notices: Arc::new(move || noticing.notices()),
         };
@@ -145,6 +147,15 @@ impl Node {
         }
         if let Some(d) = &data_path {
             tasks.spawn(watch_self(config, d, cluster.clone(), self_health));
+            if pair::is_pair(config) {
+                let watched = pair::watch(config.clone(), d.path.lane().clone(), cluster.clone());
+                let told = pair::tell(config.data_dir.clone(), cluster.clone());
+                tasks.spawn(async move {
+                    tokio::join!(watched, told);
+                    // With the cluster layer, which says so itself.
+                    std::future::pending().await
+                });
+            }
         }
         tasks.spawn(follow(
             cluster.view(),
@@ -227,6 +238,10 @@ fn settings(config: &NodeConfig) -> Result<Settings, RunError> {
         data_dir: config.data_dir.clone(),
         timing: config.timing,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        pair: pair::settings(config).map_err(|source| RunError::System {
+            doing: "listen to the peer on the service network".to_owned(),
+            source,
+        })?,
     })
 }
 

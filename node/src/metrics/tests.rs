@@ -113,6 +113,7 @@ fn full() -> Snapshot {
             leases: vec![LeaseView { group, node: NodeId(1), epoch: 3, left: Duration::from_millis(61) }],
             quorum: Quorum::Witness,
             solo: false,
+            standing: komainu_cluster::core::Standing::none("a test"),
             notes: vec![],
             at: Instant(0),
         },

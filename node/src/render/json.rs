@@ -38,6 +38,8 @@ struct Cluster {
     term: u64,
     quorum: String,
     solo: bool,
+    solo_term: Option<u64>,
+    solo_since_unix_ms: Option<u64>,
     revision: u64,
     pending_confirm: Option<PendingConfirm>,
     members: Vec<Member>,
@@ -251,6 +253,8 @@ impl From<wire::StatusResponse> for Status {
                 term: cluster.term,
                 quorum: cluster.quorum,
                 solo: cluster.solo,
+                solo_term: cluster.solo_term,
+                solo_since_unix_ms: cluster.solo_since_unix_ms,
                 revision: cluster.revision,
                 pending_confirm: cluster.pending_confirm.map(|pending| PendingConfirm {
                     revision: pending.revision,
@@ -477,7 +481,7 @@ mod tests {
         let json = serde_json::to_value(Status::from(sample())).unwrap();
         for (object, fields) in [
             ("/node", "id name role version lane lane_mode lane_reason"),
-            ("/cluster", "leader term quorum solo revision members"),
+            ("/cluster", "leader term quorum solo solo_term solo_since_unix_ms revision members"),
             ("/cluster/members/0", "id name role alive since_beat_ms"),
             ("/groups/0", "name vips owner epoch lease_left_ms standby_lag_flows"),
             ("/services/0", "name vip port protocol mode backends"),

@@ -6,7 +6,7 @@ use komainu_proto::admin as wire;
 
 use super::json::{admin, health, mode, protocol, role, scheduler};
 use super::table::Table;
-use super::time::duration;
+use super::time::{duration, moment};
 
 /// The whole state, most important first.
 pub fn status(status: &wire::StatusResponse) -> String {
@@ -35,7 +35,10 @@ pub fn status(status: &wire::StatusResponse) -> String {
     }
     if let Some(cluster) = &status.cluster {
         let leader = if cluster.leader.is_some() { &cluster.leader_name } else { "none" };
-        let solo = if cluster.solo { ", solo" } else { "" };
+        let solo = match (cluster.solo, cluster.solo_term.zip(cluster.solo_since_unix_ms)) {
+            (true, Some((term, since))) => format!(", solo since {} (term {term})", moment(since)),
+            (solo, _) => if solo { ", solo" } else { "" }.to_owned(),
+        };
         line(
             &mut out,
             format_args!(

@@ -12,6 +12,7 @@ mod grpc;
 mod interface;
 mod kernel;
 mod mtu;
+mod pair;
 mod remote_admin;
 mod standby;
 mod stop;

@@ -49,6 +49,9 @@ pub struct ClusterStatus {
     pub term: u64,
     /// What majority there is.
     pub quorum: String,
+    /// Whether a node of a pair goes on alone.
+    #[serde(default)]
+    pub solo: bool,
     /// Revision of the document.
     pub revision: u64,
     /// Members.
