@@ -425,6 +425,7 @@ impl Core {
             self.report_applied();
         }
         self.send(freed.messages);
+        self.begin_line();
         if !self.is_leader() {
             self.maybe_campaign();
         }

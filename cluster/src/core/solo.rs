@@ -39,6 +39,8 @@ pub(super) struct Alone {
     asked: bool,
     /// The write that a line begins with: nothing is done in it before that is on disk.
     pub(super) base_write: u64,
+    /// The line that begins with that write.
+    begins: Option<u64>,
     /// The line has just begun: there is nobody to wait for.
     pub(super) at_once: bool,
     /// The next write must name the store.
@@ -247,23 +249,28 @@ impl Core {
         log.entries(low, high, None, GetEntriesContext::empty(false)).unwrap_or_default()
     }
 
+    /// The state with everything that stands in the log, whether that is known to be committed or not. Whoever asked for what
+    /// isn't is told that it may have been made.
+    fn with_tail(&self) -> State {
+        let mut state = State::clone(&self.state);
+        for entry in self.tail() {
+            match entry.get_entry_type() {
+                EntryType::EntryNormal if !entry.data.is_empty() => {
+                    let _ = state.apply(entry.index, &super::apply::decode(&entry.data, entry.index));
+                }
+                // Who votes is not decided here.
+                _ => state.advance(entry.index),
+            }
+        }
+        state
+    }
+
     /// Begins a line with this node as its only voter. All that this node has in its log becomes part of it: what the two agreed on
     /// is on both disks, whether this one was told of that or not.
     fn go_solo(&mut self, who: &str) {
         let now = self.now;
         let peer = self.voters().find(|v| *v != self.me).map_or(NodeId(0), RaftId::node);
-        let mut state = State::clone(&self.state);
-        let tail = self.tail();
-        for entry in tail {
-            match entry.get_entry_type() {
-                // Whoever asked for it is told that it may have been made: it is not on disk yet.
-                EntryType::EntryNormal if !entry.data.is_empty() => {
-                    let _ = state.apply(entry.index, &super::apply::decode(&entry.data, entry.index));
-                }
-                // Who votes is decided here.
-                _ => state.advance(entry.index),
-            }
-        }
+        let mut state = self.with_tail();
         let known = self.raft.raft.term.max(self.lock().term()).max(state.line);
         let line = pair::solo_term(known, self.me.node() < peer);
         let me = RaftId::new(self.me.node(), self.incarnation(line));
@@ -292,7 +299,19 @@ impl Core {
             sync: true,
             ..Persist::default()
         }));
-        self.lock().begin_line(me, line, now.at);
+        // Until it is on disk nobody hears of it, this node's own beats included: another process would begin the same line with
+        // something else in it.
+        self.alone.begins = Some(line);
+        self.lock().step_down();
+    }
+
+    /// A write is on disk: if it was a line's first, the line begins.
+    pub(super) fn begin_line(&mut self) {
+        if self.disk.persisted < self.alone.base_write {
+            return;
+        }
+        let Some(line) = self.alone.begins.take() else { return };
+        self.lock().begin_line(self.me, line, self.now.at);
         self.observe_timers(None);
         self.tell_pulse(true);
         self.out.push_back(Output::State);
@@ -306,18 +325,23 @@ impl Core {
             Some(Err(at)) if self.now.at.since(at) < RETRY => return,
             _ => {}
         }
-        let Some(solo) = self.state.solo.as_ref().filter(|s| s.touched) else {
+        if self.state.solo.is_none() {
+            return self.start_anew();
+        }
+        // Of a node that was started again the end of the log may be acknowledged and not applied yet.
+        let state = self.with_tail();
+        let Some(solo) = state.solo.as_ref().filter(|s| s.touched) else {
             return self.start_anew();
         };
         self.alone.aside = Some(Ok(()));
-        let changes = self.state.history.iter().filter(|r| r.revision > solo.revision).cloned().collect();
+        let changes = state.history.iter().filter(|r| r.revision > solo.revision).cloned().collect();
         self.out.push_back(Output::Aside(Box::new(Aside {
-            line: self.state.line,
+            line: state.line,
             to,
             to_line,
             base: solo.revision,
             changes,
-            document: self.state.export(),
+            document: state.export(),
         })));
     }
 

@@ -258,6 +258,7 @@ impl World {
             self.t = at;
             // Leases begin where a lane is told of one, or a clock is moved; there they are checked. Time only ends them.
             self.handle(event)?;
+            self.note_meeting();
             if done(self) {
                 return Ok(true);
             }
