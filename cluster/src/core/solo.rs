@@ -228,7 +228,7 @@ impl Core {
         if third.is_some() || peer.node() == me || self.state.member(peer.node()).is_some_and(|m| m.node.role != Role::Balancer) {
             return no("the cluster is no pair of balancers");
         }
-        if self.tail().iter().any(|e| changes_others(e, me, peer.node())) {
+        if self.tail().iter().any(|e| changes_others(e, self.me, peer.node())) {
             return no("a change of the members is under way, and whether it was made is not known here");
         }
         Ok(peer)
@@ -415,7 +415,7 @@ impl Core {
 const INCARNATION_SHIFT: u32 = 32;
 
 /// Whether an entry would change the membership of a node beside the two, or take this node out.
-fn changes_others(entry: &Entry, me: NodeId, peer: NodeId) -> bool {
+fn changes_others(entry: &Entry, me: RaftId, peer: NodeId) -> bool {
     use prost_raft::Message as _;
     let changes = match entry.get_entry_type() {
         EntryType::EntryNormal => return false,
@@ -428,7 +428,7 @@ fn changes_others(entry: &Entry, me: NodeId, peer: NodeId) -> bool {
     changes.map_or(true, |all| {
         all.into_iter().any(|(kind, id)| {
             let node = RaftId(id).node();
-            (node != me && node != peer) || (node == me && kind == ConfChangeType::RemoveNode)
+            (node != me.node() && node != peer) || (id == me.0 && kind == ConfChangeType::RemoveNode)
         })
     })
 }

@@ -532,3 +532,37 @@ fn what_concerns_ownership_wakes_the_raft_thread() {
         assert!(drain(&mut p).contains(&Output::Prompt));
     }
 }
+
+/// Whoever is alone and meets another that is: the lower line ends at once, but only when it is sure to have been heard.
+#[test]
+fn a_higher_line_that_has_heard_this_node_ends_its_leases_before_anything_is_said() {
+    let mut p = node(1);
+    p.set_line(8);
+    p.set_assignments([(G, Assignment { node: Some(NodeId(1)), epoch: 1, index: 5 })].into(), 5);
+    p.set_installed(5, at(0));
+    p.lead(8, vec![id(1)], at(1));
+    p.open(at(1));
+    drain(&mut p);
+    assert!(p.holds_anything(at(2)));
+    let mut meet = |line, met, ms| {
+        let other = Beat { line, met, ..beat(2, at(ms)) };
+        assert_eq!(p.handle_beat(address(2), other, at(ms + 1)), Err(Ignored::OtherLine));
+        let out = drain(&mut p);
+        (out, p.yields_to(), p.holds_anything(at(ms + 2)))
+    };
+    // A lower line is answered, and our addresses are announced again.
+    let (out, yields, holds) = meet(3, None, 10);
+    assert!(out.contains(&Output::Announce { group: G }) && yields.is_none() && holds);
+    assert_eq!(sent(&out, 2).unwrap().met.map(|e| (e.instance, e.stamp)), Some((102, at(10))));
+    // A higher one may be a datagram of long ago, or an answer to another process.
+    let echo = |instance, ms| Some(Echo { instance, stamp: at(ms), term: 8 });
+    for (n, met) in [(0, None), (1, echo(100, 11)), (2, echo(101, 999))] {
+        let (_, yields, holds) = meet(9, met, 20 + 2 * n);
+        assert!(yields.is_none() && holds, "{met:?}");
+    }
+    let (out, yields, holds) = meet(9, echo(101, 11), 30);
+    assert!(yields == Some((NodeId(2), 9)) && !holds);
+    let ended = out.iter().position(|o| matches!(o, Output::Lease { .. })).unwrap();
+    assert!(out.iter().position(|o| matches!(o, Output::Send { .. })).is_none_or(|said| ended < said));
+    assert!(!p.may_promise(at(10_000)));
+}
