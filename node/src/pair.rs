@@ -41,7 +41,9 @@ pub fn is_pair(config: &NodeConfig) -> bool {
 /// # Errors
 /// The service interface can't be listened on.
 pub fn settings(config: &NodeConfig) -> io::Result<PairSettings> {
-    let Some((service, cluster)) = config.service.as_ref().zip(config.cluster.as_ref()).filter(|_| is_pair(config)) else {
+    let Some((service, cluster)) =
+        config.service.as_ref().zip(config.cluster.as_ref()).filter(|_| is_pair(config))
+    else {
         return Ok(PairSettings::none());
     };
     let policy = match cluster.pair {
@@ -99,7 +101,8 @@ pub async fn watch(config: NodeConfig, lane: SharedLane, cluster: ClusterHandle)
     let mut wanted = cluster.sounds();
     while wanted.wait_for(|on| *on).await.is_ok() {
         let view = cluster.view().borrow().clone();
-        let vips: Vec<IpAddr> = view.state.groups.iter().flat_map(|g| g.config.vips.iter().copied()).collect();
+        let vips: Vec<IpAddr> =
+            view.state.groups.iter().flat_map(|g| g.config.vips.iter().copied()).collect();
         let gateway = gateway(&config, Some(&lane));
         let own = lane.links().into_iter().find(|l| l.name == service.interface).and_then(|l| l.mac);
         let interface = service.interface.clone();
@@ -132,7 +135,9 @@ fn now() -> Instant {
 }
 
 fn wall_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Writes what is set aside as a document that `apply` takes, and answers where. It is on disk then.
@@ -328,13 +333,19 @@ mod tests {
     fn a_file_is_a_pairs_when_two_balancers_are_all_it_names() {
         let file = |peers: &[u64], role: &str| -> NodeConfig {
             let service = if role == "balancer" { "[service]\ninterface = \"eth0\"\n" } else { "" };
-            let mut text = format!("id = 1\nname = \"lb1\"\nrole = \"{role}\"\n{service}[cluster]\nlisten = \"192.0.2.1:7800\"\nsecret_file = \"k\"\n");
+            let mut text = format!(
+                "id = 1\nname = \"lb1\"\nrole = \"{role}\"\n{service}[cluster]\nlisten = \"192.0.2.1:7800\"\nsecret_file = \"k\"\n"
+            );
             for id in peers {
                 text += &format!("[[cluster.peer]]\nid = {id}\naddress = \"192.0.2.{id}:7800\"\n");
             }
             text.parse().unwrap()
         };
         assert!(is_pair(&file(&[2], "balancer")));
-        assert!(!is_pair(&file(&[2, 3], "balancer")) && !is_pair(&file(&[2], "witness")) && !is_pair(&file(&[], "balancer")));
+        assert!(
+            !is_pair(&file(&[2, 3], "balancer"))
+                && !is_pair(&file(&[2], "witness"))
+                && !is_pair(&file(&[], "balancer"))
+        );
     }
 }

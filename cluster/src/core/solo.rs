@@ -217,7 +217,9 @@ impl Core {
         };
         let third = third.map(RaftId::node);
         let members = self.state.members.iter().map(|m| m.node.id);
-        let known = members.chain(self.state.joining.iter().map(|j| j.node.id)).chain(self.config.peers.iter().map(|p| p.id));
+        let known = members
+            .chain(self.state.joining.iter().map(|j| j.node.id))
+            .chain(self.config.peers.iter().map(|p| p.id));
         let third = third.or_else(|| known.into_iter().find(|n| *n != me && *n != peer.node()));
         if let Some(third) = third.filter(|n| *n != me) {
             return Err(format!(
@@ -225,7 +227,10 @@ impl Core {
                 self.name_of(third)
             ));
         }
-        if third.is_some() || peer.node() == me || self.state.member(peer.node()).is_some_and(|m| m.node.role != Role::Balancer) {
+        if third.is_some()
+            || peer.node() == me
+            || self.state.member(peer.node()).is_some_and(|m| m.node.role != Role::Balancer)
+        {
             return no("the cluster is no pair of balancers");
         }
         if self.tail().iter().any(|e| changes_others(e, self.me, peer.node())) {
@@ -350,7 +355,8 @@ impl Core {
         let now = self.now;
         let Some((to, to_line)) = self.lock().yields_to() else { return };
         tracing::warn!(to = to.0, line = to_line, "another line goes on: this node joins it as a new member");
-        let me = RaftId::new(self.me.node(), self.incarnation(to_line ^ self.state.line << INCARNATION_SHIFT));
+        let me =
+            RaftId::new(self.me.node(), self.incarnation(to_line ^ self.state.line << INCARNATION_SHIFT));
         self.cluster = 0;
         self.state = Arc::new(State::default());
         self.conf = ConfState::default();
@@ -361,7 +367,12 @@ impl Core {
         self.alone = Alone { unnamed: true, ..Alone::default() };
         let number = self.disk.begin(0, true);
         self.alone.base_write = number;
-        self.out.push_back(Output::Persist(Persist { number, forget: true, sync: true, ..Persist::default() }));
+        self.out.push_back(Output::Persist(Persist {
+            number,
+            forget: true,
+            sync: true,
+            ..Persist::default()
+        }));
         self.lock().start_anew(me, now.at);
         self.observe_timers(None);
         self.tell_pulse(true);

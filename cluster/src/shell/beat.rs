@@ -16,9 +16,9 @@ use nix::sys::time::TimeSpec;
 use prost_raft::Message as _;
 use raft::eraftpb::Message;
 
-use super::{SecondPath, clock};
 use super::driver::Event;
 use super::guard::{AbortOnPanic, be_prompt};
+use super::{SecondPath, clock};
 use crate::api::{LeaseUpdate, SharedDataPath};
 use crate::pulse::{Beat, Output, Pulse};
 use crate::seal::{Kind, ReplayGuard, Sealer};

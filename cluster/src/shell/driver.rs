@@ -13,11 +13,11 @@ use raft::eraftpb::Message;
 use tokio::sync::{oneshot, watch};
 
 use super::beat::{Waker, context};
-use super::{PairSettings, clock};
 use super::facts::Facts;
 use super::guard::{AbortOnPanic, be_quick};
 use super::streams::Streams;
 use super::view::View;
+use super::{PairSettings, clock};
 use crate::api::{Observation, SelfHealth};
 use crate::core::{Core, Failure, Output, Request, Ticket, Via};
 use crate::pair::Sounding;

@@ -326,8 +326,8 @@ mod tests {
     use komainu_proto::domain::Role;
 
     use super::super::view::Quorum;
-    use crate::core::Standing;
     use super::*;
+    use crate::core::Standing;
     use crate::state::{Member, State};
 
     type Answers = Mutex<VecDeque<Result<Outcome, Failure>>>;

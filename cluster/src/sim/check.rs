@@ -33,14 +33,8 @@ pub struct Checker {
 impl Checker {
     /// At most one node answers for a group at any instant of true time, and epochs rise. `split`: a pair is cut in two, and
     /// nodes that both went on alone may both answer.
-    pub fn leases(
-        &mut self,
-        machines: &BTreeMap<u64, Machine>,
-        t: Time,
-        split: bool,
-    ) -> Result<(), String> {
-        let groups: BTreeSet<GroupId> =
-            machines.values().flat_map(|m| m.lane.keys().copied()).collect();
+    pub fn leases(&mut self, machines: &BTreeMap<u64, Machine>, t: Time, split: bool) -> Result<(), String> {
+        let groups: BTreeSet<GroupId> = machines.values().flat_map(|m| m.lane.keys().copied()).collect();
         for group in groups {
             let holders: Vec<(NodeId, u64)> = machines
                 .values()

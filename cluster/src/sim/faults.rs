@@ -271,7 +271,9 @@ fn act(w: &mut World, plan: &Plan, action: &Action) -> Result<(), String> {
             let gone = w.service.no_gateway.insert(*node) || !w.service.no_gateway.remove(node);
             w.say(*node, || format!("{} its gateway", if gone { "loses" } else { "finds" }));
         }
-        Action::LoseDisk { node } if plan.pair == Some(Policy::Availability) && super::pairs::is_replaceable(w) => {
+        Action::LoseDisk { node }
+            if plan.pair == Some(Policy::Availability) && super::pairs::is_replaceable(w) =>
+        {
             w.say(*node, || "loses its disk".to_owned());
             w.power_off(*node);
             w.machine(*node).disk.lose_everything();

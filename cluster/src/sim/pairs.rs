@@ -127,8 +127,7 @@ impl World {
         let machine = self.machine(node);
         let (generation, idle) = (machine.generation, machine.sounding.is_none());
         let began = machine.clock(t);
-        machine.sounding =
-            on.then_some(SoundingUnderWay { began, left: ASKS, claimed: None });
+        machine.sounding = on.then_some(SoundingUnderWay { began, left: ASKS, claimed: None });
         if on && idle {
             self.post(t + 1, Event::Ask { node, generation });
         }
@@ -151,7 +150,8 @@ impl World {
             sounding.left -= 1;
             let heard = !self.random.ppm(self.weather.loss_ppm);
             let answers = |(id, m): (&u64, &super::machine::Machine)| {
-                let reached = !self.service.cut.contains(&(node, *id)) && !self.service.cut.contains(&(*id, node));
+                let reached =
+                    !self.service.cut.contains(&(node, *id)) && !self.service.cut.contains(&(*id, node));
                 *id != node && reached && m.lane.keys().any(|g| m.answers(*g, t).is_some())
             };
             if heard && self.machines.iter().any(answers) {
@@ -178,7 +178,12 @@ impl World {
         self.post(self.t + lasts, Event::AsideWritten { node, generation, who });
     }
 
-    pub(super) fn aside_written(&mut self, node: u64, generation: u64, who: Vec<String>) -> Result<(), String> {
+    pub(super) fn aside_written(
+        &mut self,
+        node: u64,
+        generation: u64,
+        who: Vec<String>,
+    ) -> Result<(), String> {
         let t = self.t;
         let machine = self.machine(node);
         if machine.generation != generation || machine.process.is_none() {

@@ -9,8 +9,8 @@ use raft::eraftpb::{Message, MessageType};
 
 use super::Random;
 use super::check::Checker;
-use super::pairs::ServiceNetwork;
 use super::machine::{Machine, Process, Time, address};
+use super::pairs::ServiceNetwork;
 use crate::core::{Output, Request, Ticket, Via};
 use crate::pulse;
 use crate::state::{Change, Command, ProposalId};

@@ -281,7 +281,9 @@ impl Admin for Administration {
         let forced = request.into_inner().confirmed;
         if forced {
             let outcome = self.context.cluster.force(&who).await.map_err(|error| match error {
-                ProposeError::Impossible(reason) => Status::failed_precondition(format!("node force: {reason}")),
+                ProposeError::Impossible(reason) => {
+                    Status::failed_precondition(format!("node force: {reason}"))
+                }
                 error => refuse::propose(error),
             })?;
             warn!(target: changes::AUDIT, who, index = outcome.index, "node force");

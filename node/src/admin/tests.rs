@@ -333,7 +333,11 @@ async fn the_document_is_changed_through_the_api_and_every_refusal_changes_nothi
     assert!(client.restore(restore).await.unwrap().into_inner().applied);
     refused(client.restore(RestoreRequest { revision: 99, ..restore }).await, Code::NotFound, &["99"]);
     assert_eq!(node.until("restored", |s| s.services[0].backends.len() == 2).await.services.len(), 1);
-    refused(client.node_force(NodeForceRequest { confirmed: true }).await, Code::FailedPrecondition, &["decides alone already"]);
+    refused(
+        client.node_force(NodeForceRequest { confirmed: true }).await,
+        Code::FailedPrecondition,
+        &["decides alone already"],
+    );
     node.stop().await;
 }
 

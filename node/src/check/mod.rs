@@ -93,7 +93,9 @@ fn lane_choice(config: &NodeConfig) -> Option<Choice> {
 fn pair(config: &NodeConfig, findings: &mut Vec<Finding>) {
     let Some(cluster) = config.cluster.as_ref().filter(|_| pair::is_pair(config)) else { return };
     let text = match (cluster.pair, pair::gateway(config, None)) {
-        (Pair::Safety, _) => "safety: when the peer is silent this node waits for `komainu node force`".to_owned(),
+        (Pair::Safety, _) => {
+            "safety: when the peer is silent this node waits for `komainu node force`".to_owned()
+        }
         (Pair::Availability, Some(gateway)) => format!(
             "availability: when the peer is silent on every path this node goes on alone, provided that the gateway {gateway} \
              answers and nobody else answers for a VIP"

@@ -118,7 +118,8 @@ impl SegmentSocket {
                 }
                 return None;
             };
-            let Some((payload, mac)) = payload(&frame[..n.min(frame.len())]).zip(from.sll_addr.first_chunk()) else {
+            let Some((payload, mac)) = payload(&frame[..n.min(frame.len())]).zip(from.sll_addr.first_chunk())
+            else {
                 continue;
             };
             let Some(to) = buffer.get_mut(..payload.len()) else { continue };

@@ -87,7 +87,9 @@ fn listen(
         for socket in sockets {
             let mut frame = [0; MAX_FRAME];
             while let Some(n) = receive(socket.as_fd(), &mut frame) {
-                let Some((address, mac)) = claim(&frame[..n]).filter(|(_, mac)| *mac != own) else { continue };
+                let Some((address, mac)) = claim(&frame[..n]).filter(|(_, mac)| *mac != own) else {
+                    continue;
+                };
                 found.gateway |= gateway == Some(address);
                 if asked.contains(&address) {
                     found.claimed = Some((address, mac));
@@ -109,7 +111,8 @@ fn listen(
 fn claim(frame: &[u8]) -> Option<(IpAddr, Mac)> {
     let d = dissect(frame).ok()?;
     if let Net::Ip(ip) = &d.net {
-        let Ok(Some(ndp::Repr::Advertisement { target, target_mac, .. })) = ndp::Repr::parse(frame, ip) else {
+        let Ok(Some(ndp::Repr::Advertisement { target, target_mac, .. })) = ndp::Repr::parse(frame, ip)
+        else {
             return None;
         };
         return Some((target.into(), target_mac.unwrap_or(d.src)));

@@ -44,7 +44,9 @@ fn heal(bed: &Bed, networks: &[&str]) {
 
 fn wait_solo(bed: &Bed, node: &str, solo: bool) {
     let what = if solo { "to go on alone" } else { "to be one of two" };
-    bed.cluster.wait_status(node, what, SOON, |s| s.cluster.solo == solo && s.cluster.leader.is_some()).unwrap();
+    bed.cluster
+        .wait_status(node, what, SOON, |s| s.cluster.solo == solo && s.cluster.leader.is_some())
+        .unwrap();
 }
 
 /// Applies a document that only this caller would, through `node`. Its name of a service.
@@ -148,10 +150,13 @@ fn a_pair_that_was_split_in_two_is_one_again_within_a_second_and_nothing_is_drop
     assert!(!has_service(&bed, &loser, &services[mine]) && has_service(&bed, &winner, &services[1 - mine]));
     let status = bed
         .cluster
-        .wait_status(&loser, "what was set aside", SOON, |s| s.notices.iter().any(|n| n.contains("set aside in")))
+        .wait_status(&loser, "what was set aside", SOON, |s| {
+            s.notices.iter().any(|n| n.contains("set aside in"))
+        })
         .unwrap();
     let notice = status.notices.iter().find(|n| n.contains("set aside in")).unwrap();
-    let file = notice.split("set aside in ").nth(1).and_then(|rest| rest.split(": ").next()).unwrap().to_owned();
+    let file =
+        notice.split("set aside in ").nth(1).and_then(|rest| rest.split(": ").next()).unwrap().to_owned();
     let events = |node: &str| bed.cluster.cli_ok(node, &["events"]).unwrap().stdout;
     wait_for("an event about it", SOON, || {
         if events(&winner).contains(&file) { Ok(()) } else { Err(events(&winner)) }
@@ -177,7 +182,10 @@ fn under_safety_a_survivor_is_silent_until_it_is_forced() {
     assert_eq!(bed.wire().claims_of_after(&other, died), 0);
 
     let told = bed.cluster.cli(&other, &["node", "force"]).unwrap();
-    assert!(!told.status.success() && told.stderr.contains("risk:") && told.stderr.contains("nothing was done"), "{told:?}");
+    assert!(
+        !told.status.success() && told.stderr.contains("risk:") && told.stderr.contains("nothing was done"),
+        "{told:?}"
+    );
     assert!(!bed.cluster.status(&other).unwrap().cluster.solo);
     bed.cluster.cli_ok(&other, &["node", "force", "--yes"]).unwrap();
     wait_solo(&bed, &other, true);
