@@ -81,7 +81,7 @@ pub fn suspicion(timing: &Timing) -> Duration {
 /// The first solo term above `term` of the node that has the lower id of the two (even terms), or the higher one (odd terms).
 pub fn solo_term(term: u64, lower: bool) -> u64 {
     let next = term + 1;
-    next + u64::from((next % 2 == 0) != lower)
+    next + u64::from(next.is_multiple_of(2) != lower)
 }
 
 /// The log index that a line begins at.
@@ -102,8 +102,8 @@ mod tests {
     fn solo_terms_rise_and_never_collide() {
         for term in 0..50 {
             let (a, b) = (solo_term(term, true), solo_term(term, false));
-            assert!(a > term && a <= term + 2 && a % 2 == 0, "{term} {a}");
-            assert!(b > term && b <= term + 2 && b % 2 == 1, "{term} {b}");
+            assert!(a > term && a <= term + 2 && a.is_multiple_of(2), "{term} {a}");
+            assert!(b > term && b <= term + 2 && !b.is_multiple_of(2), "{term} {b}");
         }
     }
 

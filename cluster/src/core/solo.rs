@@ -416,7 +416,7 @@ impl Core {
             return;
         }
         let term = self.raft.raft.term;
-        if (term + 1) % 2 != self.state.line % 2 {
+        if (term + 1).is_multiple_of(2) != self.state.line.is_multiple_of(2) {
             self.raft.raft.become_follower(term + 1, raft::INVALID_ID);
         }
     }
