@@ -334,7 +334,7 @@ mod tests {
         let file = |peers: &[u64], role: &str| -> NodeConfig {
             let service = if role == "balancer" { "[service]\ninterface = \"eth0\"\n" } else { "" };
             let mut text = format!(
-                "id = 1\nname = \"lb1\"\nrole = \"{role}\"\n{service}[cluster]\nlisten = \"192.0.2.1:7800\"\nsecret_file = \"k\"\n"
+                "id = 1\nname = \"lb1\"\nrole = \"{role}\"\n{service}[cluster]\nlisten = \"192.0.2.1:7800\"\nsecret_file = \"/k\"\n"
             );
             for id in peers {
                 text += &format!("[[cluster.peer]]\nid = {id}\naddress = \"192.0.2.{id}:7800\"\n");
