@@ -329,6 +329,54 @@ mod tests {
         assert!(kept(Path::new("/nonexistent")).is_empty());
     }
 
+    /// What node 1 sees when its peer is silent, and this was found out.
+    fn view(policy: Policy, sounding: Option<(Option<bool>, Option<&str>)>) -> View {
+        use komainu_cluster::api::NodeIdentity;
+        use komainu_cluster::core::Standing;
+        use komainu_cluster::shell::Quorum;
+        let address = "192.0.2.1:7800".parse().unwrap();
+        let sounding = sounding.map(|(arbiter, claimed)| Sounding {
+            began: Instant(1),
+            ended: Instant(2),
+            arbiter,
+            claimed: claimed.map(|a| a.parse().unwrap()),
+        });
+        let silent = Some(Duration::from_secs(3));
+        View {
+            state: Arc::default(),
+            node: NodeIdentity { id: NodeId(1), name: "lb1".to_owned(), role: Role::Balancer, address },
+            raft_id: 1,
+            leader: None,
+            term: 2,
+            voter: true,
+            members: Vec::new(),
+            leases: Vec::new(),
+            quorum: Quorum::PairAvailability,
+            solo: false,
+            standing: Standing { policy, peer: Ok(NodeId(2)), silent, sounding },
+            notes: Vec::new(),
+            at: Instant(0),
+        }
+    }
+
+    #[test]
+    fn whoever_waits_says_what_for() {
+        let gateway = Some(IpAddr::from([192, 0, 2, 254]));
+        let told = |policy, sounding, gateway| notices(&view(policy, sounding), gateway, &[]).join("\n");
+        let open = Some((Some(true), None));
+        assert!(told(Policy::Safety, None, gateway).contains("`komainu node force`"));
+        let missing = told(Policy::Availability, None, None);
+        assert!(missing.contains("has no arbiter") && missing.contains("`komainu node force`"), "{missing}");
+        let cut_off = told(Policy::Availability, Some((Some(false), None)), gateway);
+        assert!(cut_off.contains("and so is the gateway"), "{cut_off}");
+        let claimed = told(Policy::Availability, Some((Some(true), Some("192.0.2.100"))), gateway);
+        assert!(claimed.contains("another station answers for 192.0.2.100"), "{claimed}");
+        assert!(told(Policy::Availability, open, gateway).contains("finds out"));
+        let claimed = view(Policy::Safety, Some((Some(true), Some("192.0.2.100"))));
+        assert_eq!(risks(&claimed, "aside").len(), 3);
+        assert_eq!(risks(&view(Policy::Safety, None), "aside").len(), 2);
+    }
+
     #[test]
     fn a_file_is_a_pairs_when_two_balancers_are_all_it_names() {
         let file = |peers: &[u64], role: &str| -> NodeConfig {

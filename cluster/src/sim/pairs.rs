@@ -292,7 +292,7 @@ impl Plan {
         }
         let groups = r.between(1, 3) as u32;
         let roles = vec![Role::Balancer, Role::Balancer];
-        let profile = Profile::Default;
+        let profile = if seed % 8 == 3 { Profile::Fast } else { Profile::Default };
         Plan { seed, world, roles, groups, weather, drift_ppm, profile, pair: Some(policy), steps }
     }
 }
