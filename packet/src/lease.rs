@@ -48,7 +48,7 @@ pub type Cell = [AtomicU64; CELL_WORDS];
 /// Places in a cell: number of the group plus 1 (0: nobody's), epoch, and the two limits in ns of `CLOCK_BOOTTIME`.
 const GROUP: usize = 0;
 const EPOCH: usize = 1;
-const ANSWER_UNTIL: usize = 2;
+pub(crate) const ANSWER_UNTIL: usize = 2;
 const FORWARD_UNTIL: usize = 3;
 
 /// Cells that somebody else reads too.

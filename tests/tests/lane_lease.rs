@@ -14,6 +14,7 @@ use komainu_lab::topology::addr;
 use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::LaneKind;
 use komainu_packet::lane::af_packet::AfPacketConfig;
+use komainu_packet::lane::kernel::Silencer;
 use komainu_packet::lease::Lease;
 use komainu_packet::plan::Plan;
 use komainu_packet::time::BootTime;
@@ -175,6 +176,57 @@ fn the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease(kind: LaneKind
     }
 }
 
+/// What is done to a program whose process has died, before others are told of that.
+fn a_silenced_program_answers_for_nothing_and_goes_on_forwarding(kind: LaneKind) {
+    let lab = lab();
+    let lane = lane::start(&lab, "lb1", kind, AfPacketConfig::new("eth0", None)).unwrap();
+    lane.install(plan()).unwrap();
+    let until = BootTime::now().after(Duration::from_secs(60));
+    lane.set_lease(GROUP, Lease { epoch: 1, answer_until: until, forward_until: until });
+    let Some(leases) = lane.leases() else {
+        assert_eq!(kind, LaneKind::AfPacket, "a lane in user space dies with its process");
+        return;
+    };
+    let server = server(&lab);
+    let going = stream(&lab);
+    assert!(server.recv(&mut [0; 16]).is_ok());
+    let answered = || {
+        let events = lane.counters().events;
+        let count = |name| events.iter().find(|(n, _)| *n == name).map_or(0, |(_, n)| *n);
+        count("arp_answered") + count("nd_answered")
+    };
+    assert!(answered() > 0);
+
+    Silencer::new(leases).unwrap().silence();
+    let before = answered();
+    // Whoever knows the VIP goes on.
+    for _ in 0..200 {
+        server.recv(&mut [0; 16]).unwrap();
+    }
+    // Whoever asks for it is not answered, in neither family.
+    let ask = || {
+        lab.host("watch").run(|| {
+            for family in [0, 1] {
+                let s = UdpSocket::bind((addr::service(addr::WATCH)[family], 0)).unwrap();
+                s.send_to(b"x", (addr::service(addr::VIP)[family], 9)).unwrap();
+            }
+        });
+    };
+    let wire = capture(&lab);
+    ask();
+    frames(&wire, Duration::from_millis(300));
+    assert_eq!(answered(), before);
+    going.store(false, Ordering::Relaxed);
+    // It was asked: with a lease it answers.
+    lane.set_lease(GROUP, Lease { epoch: 2, answer_until: until, forward_until: until });
+    let start = BootTime::now();
+    while answered() < before + 2 {
+        assert!(BootTime::now().since(start) < Duration::from_secs(5), "nobody answers for the VIP");
+        ask();
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 fn a_process_that_was_stopped_sends_nothing_when_it_goes_on(kind: LaneKind) {
     let lab = lab();
     if kind == LaneKind::Xdp {
@@ -216,5 +268,6 @@ komainu_tests::on_every_lane!(
     forwarding_ends_with_the_lease,
     both_families_are_announced_at_once_and_again_and_never_without_a_lease,
     the_vip_is_resolved_by_its_clients_only_while_there_is_a_lease,
+    a_silenced_program_answers_for_nothing_and_goes_on_forwarding,
     a_process_that_was_stopped_sends_nothing_when_it_goes_on,
 );

@@ -8,6 +8,7 @@ pub mod af_packet;
 pub mod kernel;
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -92,6 +93,12 @@ pub trait Lane: Send + Sync {
 
     /// How its remembered flows are exchanged with other nodes; `None`: not at all.
     fn sharing(&self) -> Option<&dyn FlowSharing> {
+        None
+    }
+
+    /// What the leases stand in, for whoever must end what this lane answers for when this process is dead
+    /// ([`kernel::Silencer`]). `None`: a dead process answers for nothing anyway.
+    fn leases(&self) -> Option<&OwnedFd> {
         None
     }
 

@@ -1,17 +1,18 @@
 //! The lane: the engine above the program.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::cache::Cache;
 use super::check;
 use super::pins;
-use super::program::{Hook, Kernel, Sizes};
+use super::program::{Hook, Kernel, Maps, Sizes};
 use super::sync::Sync;
 use super::tap::Tap;
 use crate::lane::af_packet::{AfPacketConfig, AfPacketLane, Finding, Parts, Severity};
 use crate::lane::{Counters, FlowFilter, FlowInfo, FlowSharing, Lane, LaneError, LaneKind, LinkInfo, Trace};
-use crate::lease::{Lease, LeaseBoard};
+use crate::lease::{Lease, LeaseBoard, SharedCells};
 use crate::plan::Plan;
 
 /// A program in the kernel with the engine above it. Stops when dropped.
@@ -19,6 +20,8 @@ pub struct KernelLane {
     hook: Hook,
     above: AfPacketLane,
     mode: Arc<Mutex<String>>,
+    /// Holds what the leases stand in.
+    maps: Arc<Maps>,
 }
 
 impl KernelLane {
@@ -45,7 +48,8 @@ impl KernelLane {
         let links = !config.tc_by_filter;
         let names = [Some(config.service.clone()), config.inside.clone()];
         let flows = u32::try_from(config.max_flows).unwrap_or(u32::MAX);
-        let above = AfPacketLane::start_above(config, move |net| {
+        let mut loaded = None;
+        let above = AfPacketLane::start_above(config, |net| {
             let system = |doing: &str| {
                 let doing = doing.to_owned();
                 move |source: std::io::Error| LaneError::System { doing, source }
@@ -67,13 +71,17 @@ impl KernelLane {
                     }
                 }
             }
-            let maps = Arc::clone(kernel.maps());
-            let leases = LeaseBoard::shared(maps);
+            let maps = loaded.insert(Arc::clone(kernel.maps()));
+            let leases = LeaseBoard::shared(Arc::clone(maps) as Arc<dyn SharedCells>);
             let cache = Cache::new(Arc::clone(kernel.maps()));
             let below = Sync::new(kernel, names, taps, links, told, net.clone());
             Ok(Parts { leases: Arc::new(leases), below: Some(Box::new(below)), cache: Some(Box::new(cache)) })
         })?;
-        Ok(KernelLane { hook, above, mode })
+        let maps = loaded.ok_or_else(|| LaneError::System {
+            doing: "load the program".to_owned(),
+            source: std::io::Error::other("nobody did"),
+        })?;
+        Ok(KernelLane { hook, above, mode, maps })
     }
 }
 
@@ -127,6 +135,10 @@ impl Lane for KernelLane {
 
     fn sharing(&self) -> Option<&dyn FlowSharing> {
         self.above.sharing()
+    }
+
+    fn leases(&self) -> Option<&OwnedFd> {
+        Some(self.maps.leases_fd())
     }
 
     fn gateways(&self) -> Vec<IpAddr> {

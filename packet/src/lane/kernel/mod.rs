@@ -15,6 +15,7 @@
 //! | `growing` | hash maps that grow |
 //! | [`harness`] | what tests and benchmarks put around the program |
 //! | `places` | how a generation's table is laid out |
+//! | [`Silencer`] | ends what the program answers for when its process is dead |
 //! | `ticks` | how old a reading of the clock may be |
 //! | [`sys`] | bpf(2), shared memory |
 //!
@@ -33,6 +34,7 @@ mod link;
 mod pins;
 mod places;
 pub mod program;
+mod silencer;
 mod sync;
 pub mod sys;
 mod tap;
@@ -43,3 +45,4 @@ pub use attach::GENERIC;
 pub use check::{Choice, choose, clean_up, is_left};
 pub use lane::KernelLane;
 pub use program::Hook;
+pub use silencer::Silencer;

@@ -136,6 +136,7 @@ pub struct Maps {
     services: Mapped<ServiceCell>,
     filters: Mapped<FilterLine>,
     leases: Mapped<LeaseCell>,
+    leases_fd: OwnedFd,
     traffic: Mapped<Traffic>,
     seen: Mapped<Seen>,
     tally: Mapped<Tally>,
@@ -263,6 +264,7 @@ impl Maps {
             map.and_then(descriptor).map_err(KernelError::map(format!("open the map \"{name}\"")))
         };
         let made = || KernelError::map("make the maps of flows");
+        let leases_fd = take("leases")?;
         Ok(Maps {
             sizes,
             cpus,
@@ -277,7 +279,8 @@ impl Maps {
             backends: mapped(&take("backends")?, sizes.backends)?,
             services: mapped(&take("services")?, sizes.services)?,
             filters: mapped(&take("filters")?, abi::FILTERS * abi::FILTER_LINES)?,
-            leases: mapped(&take("leases")?, abi::LEASES)?,
+            leases: mapped(&leases_fd, abi::LEASES)?,
+            leases_fd,
             traffic: mapped(&take("traffic")?, sizes.backends.saturating_mul(cpus))?,
             seen: mapped(&take("seen")?, sizes.backends)?,
             tally: mapped(&take("tally")?, cpus)?,
@@ -371,6 +374,11 @@ impl Maps {
     /// The configuration as it stands.
     pub fn config(&self) -> Config {
         self.config.read(0).unwrap_or(Config::zeroed())
+    }
+
+    /// Descriptor of the array that the leases stand in.
+    pub fn leases_fd(&self) -> &OwnedFd {
+        &self.leases_fd
     }
 
     /// The cells that the leases stand in, see [`crate::lease::LeaseBoard::shared`].
