@@ -20,3 +20,4 @@ pub mod state;
 pub mod store;
 pub mod time;
 pub mod timing;
+pub mod will;

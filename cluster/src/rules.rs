@@ -21,11 +21,17 @@ pub enum Rule {
     PersistFirst,
     /// The voters change once a lease at most.
     OneStepALease,
+    /// A resign leaves when its process is dead and its program answers for nothing any more.
+    SilenceFirst,
+    /// A resign is about one process, and never about the next one of that node.
+    OneProcess,
+    /// A dead leader binds its voters no longer only when nothing that it granted to others may be in force.
+    NothingGranted,
 }
 
 impl Rule {
     /// Every rule.
-    pub const ALL: [Rule; 9] = [
+    pub const ALL: [Rule; 12] = [
         Rule::QuorumLease,
         Rule::Promise,
         Rule::StartWait,
@@ -35,6 +41,9 @@ impl Rule {
         Rule::InstalledFirst,
         Rule::PersistFirst,
         Rule::OneStepALease,
+        Rule::SilenceFirst,
+        Rule::OneProcess,
+        Rule::NothingGranted,
     ];
 
     /// Whether a simulation on this thread has broken the rule. Never outside of one.

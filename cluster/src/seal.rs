@@ -164,12 +164,16 @@ pub enum Kind {
     Flows = 6,
     /// What of them has come in (datagram).
     FlowReport = 7,
+    /// The last word about a process that has ended (datagram).
+    Resign = 8,
 }
 
 impl Kind {
     fn from_byte(byte: u8) -> Option<Kind> {
-        use Kind::{Answer, Beat, FlowReport, Flows, Request, Stream, Vote};
-        [Beat, Vote, Stream, Request, Answer, Flows, FlowReport].into_iter().find(|&k| k as u8 == byte)
+        use Kind::{Answer, Beat, FlowReport, Flows, Request, Resign, Stream, Vote};
+        [Beat, Vote, Stream, Request, Answer, Flows, FlowReport, Resign]
+            .into_iter()
+            .find(|&k| k as u8 == byte)
     }
 }
 

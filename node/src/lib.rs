@@ -11,6 +11,7 @@
 //! | [`config`] | node file and cluster document: TOML in, resolved types out, all mistakes at once |
 //! | [`daemon`] | `komainu run`: puts the parts together, stops in order |
 //! | [`datapath`] | the lane as the cluster layer sees it; installs each new plan |
+//! | [`executor`] | the small process that tells the others when the daemon has died |
 //! | [`health`] | health checks: probes, rise/fall counting, scheduling |
 //! | [`metrics`] | pages for machines: `/metrics`, `/healthz`, `/readyz` |
 //! | [`pair`] | a pair without a third node: second way, sounding, what was set aside |
@@ -25,6 +26,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod executor;
 pub mod health;
 pub mod metrics;
 pub mod pair;

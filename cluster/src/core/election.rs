@@ -75,6 +75,20 @@ impl Election {
         self.timeout = self.draw();
     }
 
+    /// The leader's process has ended, and its node says so: there is nothing to wait for but the promise. In an order, so that
+    /// votes don't split: first a balancer that has its flows (`heir`), then other balancers, then witnesses.
+    pub(super) fn hasten(&mut self, heir: bool, now: Instant) {
+        let beat = self.timing.beat;
+        self.base = now;
+        self.attempts = 0;
+        self.timeout = match (self.role, heir) {
+            // The word of the death goes to everybody at once; a voter that has not heard it yet would not answer.
+            (Role::Balancer, true) => beat / 16 + self.part_of(beat / 8),
+            (Role::Balancer, false) => beat / 4 + self.part_of(beat / 4),
+            (Role::Witness, _) => beat + beat / 2 + self.part_of(beat),
+        };
+    }
+
     /// Not before `earliest`: beats that came during a stall must be looked at first.
     pub(super) fn postpone(&mut self, earliest: Instant) {
         if self.base.after(self.timeout) < earliest {
@@ -133,6 +147,21 @@ mod tests {
         assert!(e.deadline(Some(at(50))) <= at(230));
         // A quick second attempt is none when a leader has shown up again.
         assert!(e.deadline(Some(at(210))) >= at(330));
+    }
+
+    #[test]
+    fn after_a_death_that_was_told_nobody_waits_and_heirs_are_first() {
+        for seed in 0..1000 {
+            let after = |role, heir| {
+                let mut e = Election::new(Timing::default(), role, seed, at(0));
+                e.hasten(heir, at(1000));
+                e.deadline(Some(at(1000))).since(at(1000))
+            };
+            let (heir, other) = (after(Role::Balancer, true), after(Role::Balancer, false));
+            let witness = after(Role::Witness, false);
+            assert!(heir < Duration::from_millis(4) && heir < other, "{heir:?} {other:?}");
+            assert!(other < witness && witness < Duration::from_millis(50), "{other:?} {witness:?}");
+        }
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub struct Core {
     hard_state: HardState,
     disk: Disk,
     election: Election,
+    /// The leader's death that the election was hastened for.
+    bereaved_at: Option<Instant>,
     /// Role and term that everything here was last told of.
     seen: (StateRole, u64),
     led_since: Instant,
@@ -201,6 +203,7 @@ impl Core {
             hard_state,
             disk: Disk::default(),
             election,
+            bereaved_at: None,
             seen: (StateRole::Follower, 0),
             led_since: now.at,
             term_start: 0,
@@ -463,6 +466,7 @@ impl Core {
         if self.is_leader() {
             self.lead_on();
         } else {
+            self.heed_death();
             self.maybe_campaign();
             self.ask_again();
         }
@@ -572,6 +576,17 @@ impl Core {
         self.disk.newest > 0 && self.disk.persisted == 0
             || self.disk.persisted < self.alone.base_write
             || self.conf.voters.len() == 1 && log.persisted < log.last_index()
+    }
+
+    /// The leader that this node follows may have died: then somebody should follow it up at once.
+    fn heed_death(&mut self) {
+        let pulse = Arc::clone(&self.pulse);
+        let pulse = lock(&pulse);
+        let at = pulse.bereaved_at();
+        if at.is_some() && at != self.bereaved_at {
+            self.election.hasten(pulse.is_heir(), self.now.at);
+        }
+        self.bereaved_at = at;
     }
 
     fn maybe_campaign(&mut self) {

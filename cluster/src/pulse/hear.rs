@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use komainu_proto::domain::NodeId;
 
 use super::peer::Peer;
-use super::{Beat, Contact, Echo, FAILED_FOR, Ignored, MAX_PEERS, Ownership, Pulse, UNATTENDED};
+use super::{Beat, Contact, Echo, FAILED_FOR, Followed, Ignored, MAX_PEERS, Ownership, Pulse, UNATTENDED};
 use crate::raft::RaftId;
 use crate::time::Instant;
 
@@ -96,6 +96,8 @@ impl Pulse {
             self.floor = term;
             self.leader = Some((from, term));
             self.heard_leader_at = Some(self.now);
+            self.followed = Some(Followed { instance, sent });
+            self.bereaved = None;
             self.follow(node, Echo { instance, stamp: sent, term }, contact, &grants, &releases);
         }
         if let (Some(l), Some(echo)) = (&mut self.leading, echo)

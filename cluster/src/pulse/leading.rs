@@ -131,6 +131,11 @@ impl Leading {
             .or_insert(grant);
     }
 
+    /// A process has ended and answers for nothing any more: nothing that it was granted is in force.
+    pub(super) fn forget_grants_to(&mut self, instance: u64) {
+        self.granted.retain(|_, g| g.instance != instance);
+    }
+
     pub(super) fn granted(&self, group: GroupId) -> Option<&Granted> {
         self.granted.get(&group)
     }

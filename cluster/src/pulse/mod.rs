@@ -31,6 +31,7 @@ mod line;
 mod peer;
 mod poll;
 mod promise;
+mod resign;
 mod steer;
 #[cfg(test)]
 mod tests;
@@ -43,6 +44,7 @@ use komainu_proto::domain::{BackendId, GroupId, Health, NodeId};
 
 pub use beat::{BEAT_MAX_BYTES, Beat, BeatError, Contact, Echo, MAX_OBSERVATIONS, MAX_OWNERSHIPS, Ownership};
 pub use holding::Assignment;
+pub use resign::{RESIGN_MAX_BYTES, Resign, Will};
 
 use crate::api::{LeaseUpdate, NodeIdentity, Observation, SelfHealth};
 use crate::core::Config;
@@ -97,6 +99,8 @@ pub enum Output {
     },
     /// Wake the Raft thread: [`crate::core::Core::handle_timeout`] has something to decide.
     Prompt,
+    /// Put this will in the place of the one before, where it outlives the process.
+    Will(Box<Will>),
 }
 
 /// Another node as beats show it.
@@ -151,6 +155,23 @@ pub enum Ignored {
     TooMany,
 }
 
+/// The process of a leader.
+#[derive(Clone, Copy, Debug)]
+struct Followed {
+    instance: u64,
+    /// Stamp of its newest accepted beat.
+    sent: Instant,
+}
+
+/// The leader's process has ended.
+#[derive(Clone, Copy, Debug)]
+struct Bereaved {
+    /// When that was heard.
+    at: Instant,
+    /// Nothing that it granted can be in force: its beats bind this node no more.
+    free: bool,
+}
+
 /// See the [module documentation](self).
 #[derive(Debug)]
 pub struct Pulse {
@@ -169,6 +190,14 @@ pub struct Pulse {
     /// Arrival of the newest accepted beat of a leader.
     heard_leader_at: Option<Instant>,
     leader: Option<(RaftId, u64)>,
+    /// The process that the newest accepted beat of a leader came from.
+    followed: Option<Followed>,
+    /// That process has ended, and no other has been followed since.
+    bereaved: Option<Bereaved>,
+    /// Latest end, on this node's clock, of anything that this process ever granted to another node.
+    granted_until: Instant,
+    /// The will as it was put in force last.
+    will: Option<Will>,
     /// End of the last lease that this node had as a leader: until then it votes for nobody.
     own_lease_end: Instant,
     /// No other node can hold a lease or vote: the wait after a start protects nobody.
@@ -224,6 +253,10 @@ impl Pulse {
             floor: term,
             heard_leader_at: None,
             leader: None,
+            followed: None,
+            bereaved: None,
+            granted_until: Instant::default(),
+            will: None,
             own_lease_end: Instant::default(),
             sole: false,
             leading: None,

@@ -1,5 +1,6 @@
 //! What this node knows of another one, from its beats.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -8,6 +9,10 @@ use komainu_proto::domain::{GroupId, NodeId};
 use super::Ownership;
 use super::beat::{Beat, Contact, Echo};
 use crate::time::Instant;
+
+/// Processes of one node that are remembered to be dead: as many as a supervisor can start and see end while a datagram is
+/// under way.
+const MAX_DEAD: usize = 8;
 
 /// Another node.
 #[derive(Debug)]
@@ -24,6 +29,8 @@ pub(super) struct Peer {
     pub(super) answer_due: bool,
     /// Where the rotation of observations stands.
     pub(super) rotation: usize,
+    /// Its processes that have ended and of which that was told, the newest last.
+    dead: VecDeque<u64>,
 }
 
 /// The newest beat of a node.
@@ -46,11 +53,16 @@ impl Peer {
             beat_due: false,
             answer_due: false,
             rotation: 0,
+            dead: VecDeque::new(),
         }
     }
 
     /// Takes a beat in, unless a newer one of the same process, or one of a newer process, came before.
     pub(super) fn take(&mut self, beat: Beat, now: Instant, silent_after: Duration) -> bool {
+        if self.dead.contains(&beat.instance) {
+            return false;
+        }
+        let dead = self.is_dead();
         if let Some(heard) = &mut self.heard {
             if heard.beat.instance == beat.instance {
                 if beat.sent <= heard.beat.sent {
@@ -65,7 +77,7 @@ impl Peer {
             }
             // Datagrams of a process that has ended may still turn up. They must not displace the living one; and should
             // they be taken for news while that one is silent, it does no harm: whatever matters names its process.
-            if now.since(heard.at) <= silent_after {
+            if !dead && now.since(heard.at) <= silent_after {
                 return false;
             }
             // A new process has accepted nothing and acknowledged nothing yet.
@@ -75,9 +87,26 @@ impl Peer {
         true
     }
 
-    /// Whether it was heard within `within`.
+    /// Whether it was heard within `within`, and is not known to have died since.
     pub(super) fn alive(&self, now: Instant, within: Duration) -> bool {
-        self.heard.as_ref().is_some_and(|h| now.since(h.at) <= within)
+        !self.is_dead() && self.heard.as_ref().is_some_and(|h| now.since(h.at) <= within)
+    }
+
+    /// Its process `instance` has ended. Answers whether that is news.
+    pub(super) fn bury(&mut self, instance: u64) -> bool {
+        if self.dead.contains(&instance) {
+            return false;
+        }
+        if self.dead.len() >= MAX_DEAD {
+            self.dead.pop_front();
+        }
+        self.dead.push_back(instance);
+        true
+    }
+
+    /// Whether the process that was heard last has ended.
+    fn is_dead(&self) -> bool {
+        self.heard.as_ref().is_some_and(|h| self.dead.contains(&h.beat.instance))
     }
 
     /// The limit that ends at `end` on this node's clock, told on the peer's clock.

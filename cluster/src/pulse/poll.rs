@@ -29,7 +29,15 @@ impl Pulse {
             return Some(o);
         }
         let due = self.peers.values().find(|p| p.beat_due || p.answer_due)?.id;
-        Some(self.compose(due))
+        let send = self.compose(due);
+        // What a beat grants stands in the will before it leaves.
+        match self.amended_will() {
+            Some(will) => {
+                self.out.push_front(send);
+                Some(Output::Will(Box::new(will)))
+            }
+            None => Some(send),
+        }
     }
 
     /// When [`Pulse::handle_timeout`] is to be called at the latest.
@@ -117,6 +125,7 @@ impl Pulse {
             let granted =
                 Granted { node: to, epoch: o.epoch, instance: contact.instance, until: l.lease_end };
             l.note_grant(o.group, granted);
+            self.granted_until = self.granted_until.max(l.lease_end);
         }
         (Some(contact), grants, releases)
     }

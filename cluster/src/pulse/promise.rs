@@ -9,8 +9,7 @@ impl Pulse {
     pub fn may_promise(&self, now: Instant) -> bool {
         let promised = self.timing.election_min;
         let started = self.sole || now >= self.started_at.after(promised) || Rule::StartWait.is_broken();
-        let heard =
-            self.heard_leader_at.is_none_or(|at| now >= at.after(promised)) || Rule::Promise.is_broken();
+        let heard = self.bound_by().is_none_or(|at| now >= at.after(promised)) || Rule::Promise.is_broken();
         let own = now >= self.own_lease_end && self.leading.as_ref().is_none_or(|l| now >= l.lease_end);
         started && heard && own && self.lines.yields_to.is_none()
     }
@@ -20,8 +19,13 @@ impl Pulse {
         let promised = self.timing.election_min;
         let no_wait = self.sole || Rule::StartWait.is_broken();
         let started = if no_wait { Instant::default() } else { self.started_at.after(promised) };
-        let heard = self.heard_leader_at.map_or(Instant::default(), |at| at.after(promised));
+        let heard = self.bound_by().map_or(Instant::default(), |at| at.after(promised));
         started.max(heard).max(self.own_lease_end).max(self.lease_end())
+    }
+
+    /// Arrival of the beat that this node's promise runs from; absent when no beat binds it.
+    fn bound_by(&self) -> Option<Instant> {
+        self.heard_leader_at.filter(|_| !self.bereaved.is_some_and(|b| b.free))
     }
 
     /// Promises to help no leader below `term`: from now on its beats are neither accepted nor acknowledged. Called when

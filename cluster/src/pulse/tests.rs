@@ -566,3 +566,143 @@ fn a_higher_line_that_has_heard_this_node_ends_its_leases_before_anything_is_sai
     assert!(out.iter().position(|o| matches!(o, Output::Send { .. })).is_none_or(|said| ended < said));
     assert!(!p.may_promise(at(10_000)));
 }
+
+// --- the word of a death --------------------------------------------------------------------------------------------
+
+/// Node `from`'s process `instance` has ended; its last grant to anybody else ran until `granted_until`.
+fn death(from: u64, instance: u64, granted_until: Instant) -> Resign {
+    Resign { from: id(from), instance, cluster: 1, granted_until }
+}
+
+/// Node 1, following node 2, which leads in term 3 and sent its newest beat at 500 ms.
+fn following() -> Pulse {
+    let mut p = node(1);
+    hear(&mut p, leaders(2, 3, at(500)), at(501));
+    assert!(!p.may_promise(at(502)));
+    p
+}
+
+#[test]
+fn a_dead_leader_that_had_granted_nothing_binds_nobody() {
+    let mut p = following();
+    assert!(p.handle_resign(death(2, 102, Instant(0)), at(503)));
+    assert!(p.may_promise(at(503)) && p.promise_free_at() <= at(503));
+    assert_eq!((p.leader(), p.bereaved_at()), (None, Some(at(503))));
+    assert!(!p.peer(NodeId(2)).expect("known").alive);
+    // Its last beats come late, and bind nobody either.
+    let late = leaders(2, 3, at(502));
+    assert_eq!(p.handle_beat(address(2), late, at(504)), Err(Ignored::Old));
+    assert!(p.may_promise(at(504)));
+    // It is said several times.
+    assert!(!p.handle_resign(death(2, 102, Instant(0)), at(505)));
+    // The next leader binds as every leader does.
+    hear(&mut p, leaders(3, 4, at(510)), at(511));
+    assert!(!p.may_promise(at(630)) && p.may_promise(at(631)));
+    assert_eq!(p.bereaved_at(), None);
+}
+
+#[test]
+fn a_dead_leader_binds_as_long_as_its_grants_to_others_may() {
+    for granted_until in [at(500), at(580)] {
+        let mut p = following();
+        assert!(p.handle_resign(death(2, 102, granted_until), at(503)));
+        assert!(!p.may_promise(at(620)) && p.may_promise(at(621)));
+        assert_eq!(p.promise_free_at(), at(621));
+        // Yet it is not waited for any longer than that.
+        assert!(p.bereaved_at().is_some());
+    }
+    // The last one had ended when the newest beat was sent.
+    let mut p = following();
+    p.handle_resign(death(2, 102, at(499)), at(503));
+    assert!(p.may_promise(at(503)));
+}
+
+#[test]
+fn a_death_says_nothing_about_another_process_or_node() {
+    for other in [death(2, 999, Instant(0)), death(3, 103, Instant(0)), death(9, 102, Instant(0))] {
+        let mut p = following();
+        hear(&mut p, beat(3, at(500)), at(501));
+        p.handle_resign(other, at(503));
+        assert!(!p.may_promise(at(503)), "{other:?}");
+        assert!(p.peer(NodeId(2)).expect("known").alive, "{other:?}");
+    }
+    let mut p = following();
+    assert!(
+        !p.handle_resign(Resign { cluster: 2, ..death(2, 102, Instant(0)) }, at(503)),
+        "another cluster's"
+    );
+    assert!(!p.may_promise(at(503)));
+}
+
+#[test]
+fn a_death_does_not_shorten_what_is_owed_to_others() {
+    // The wait after a start.
+    let mut p = node(1);
+    hear(&mut p, leaders(2, 3, at(50)), at(51));
+    p.handle_resign(death(2, 102, Instant(0)), at(52));
+    assert!(!p.may_promise(at(119)) && p.may_promise(at(120)));
+    // A lease of one's own.
+    let mut p = leading();
+    hear(&mut p, acknowledging(2, at(250), 1, 4, at(249)), at(250));
+    p.step_down();
+    hear(&mut p, leaders(2, 5, at(260)), at(261));
+    p.handle_resign(death(2, 102, Instant(0)), at(262));
+    assert!(!p.may_promise(at(328)) && p.may_promise(at(329)));
+}
+
+#[test]
+fn what_a_dead_process_was_granted_is_released_at_once() {
+    let mut p = leading();
+    hear(&mut p, acknowledging(2, at(250), 1, 4, at(249)), at(250));
+    assigned(&mut p, 2, 1);
+    assert_eq!(sent(&drain(&mut p), 2).expect("a beat").grants, [E1]);
+    assert_eq!(p.last_grant_to(NodeId(2)), at(329));
+    p.handle_resign(death(2, 999, Instant(0)), at(260));
+    p.revoke(E1, at(260));
+    assert!(!p.is_free(E1, at(260)), "another process's death");
+    p.handle_resign(death(2, 102, Instant(0)), at(260));
+    drain(&mut p);
+    assert!(p.is_free(E1, at(260)) && p.last_grant_to(NodeId(2)) <= at(260));
+    // The next process is heard at once, and what is granted to it is its own.
+    hear(&mut p, Beat { instance: 555, ..acknowledging(2, at(265), 1, 4, at(255)) }, at(265));
+    assert!(p.peer(NodeId(2)).expect("known").alive);
+    assigned(&mut p, 2, 2);
+    drain(&mut p);
+    assert!(p.last_grant_to(NodeId(2)) > at(265));
+    p.handle_resign(death(2, 102, Instant(0)), at(266));
+    assert!(p.last_grant_to(NodeId(2)) > at(266), "said once more of the one before");
+}
+
+#[test]
+fn the_will_knows_of_a_grant_before_the_grant_leaves() {
+    let mut p = leading();
+    hear(&mut p, acknowledging(2, at(250), 1, 4, at(249)), at(250));
+    drain(&mut p);
+    assigned(&mut p, 2, 1);
+    let (mut until, mut granted) = (Instant(0), false);
+    for o in drain(&mut p) {
+        match o {
+            Output::Will(will) => {
+                assert_eq!((will.resign.instance, will.to.len()), (101, 2));
+                until = will.resign.granted_until;
+            }
+            Output::Send { beat, .. } if !beat.grants.is_empty() => {
+                granted = true;
+                assert_eq!(until, at(329));
+            }
+            _ => {}
+        }
+    }
+    assert!(granted);
+    // What hasn't changed is not written again.
+    p.handle_timeout(at(251));
+    assert!(!drain(&mut p).iter().any(|o| matches!(o, Output::Will(_))));
+}
+
+#[test]
+fn a_will_is_there_before_the_first_word() {
+    let mut p = node(1);
+    p.handle_timeout(at(0));
+    let first = drain(&mut p).into_iter().find(|o| matches!(o, Output::Will(_) | Output::Send { .. }));
+    assert!(matches!(first, Some(Output::Will(_))), "{first:?}");
+}

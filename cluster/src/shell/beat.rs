@@ -20,8 +20,9 @@ use super::driver::Event;
 use super::guard::{AbortOnPanic, be_prompt};
 use super::{SecondPath, clock};
 use crate::api::{LeaseUpdate, SharedDataPath};
-use crate::pulse::{Beat, Output, Pulse};
+use crate::pulse::{Beat, Output, Pulse, Resign, Will};
 use crate::seal::{Kind, ReplayGuard, Sealer};
+use crate::will::{Letter, WillMemory};
 use komainu_proto::domain::NodeId;
 
 /// Longest datagram that is read; a beat is 1200 bytes, a vote far less.
@@ -64,6 +65,8 @@ pub(super) struct BeatThread {
     pub(super) notes: Arc<Mutex<Vec<String>>>,
     /// In a pair: the service network.
     pub(super) second_path: Option<Arc<dyn SecondPath>>,
+    /// Where the will is put, and what seals it: most of that is never sent, so its counters are of no use to a guard.
+    pub(super) will: Option<(Arc<WillMemory>, Sealer)>,
 }
 
 impl BeatThread {
@@ -127,8 +130,17 @@ impl BeatThread {
 
     /// Takes a datagram in. Answers whether a node of this cluster has sealed it for this one, also when it came before.
     fn datagram(&self, guards: &mut [ReplayGuard; 2], source: SocketAddr, sealed: &[u8]) -> bool {
-        let Ok(kind @ (Kind::Beat | Kind::Vote)) = self.sealer.peek(sealed) else { return false };
+        let Ok(kind @ (Kind::Beat | Kind::Vote | Kind::Resign)) = self.sealer.peek(sealed) else { return false };
         let Ok(opened) = self.sealer.open(kind, &context(self.node), sealed) else { return false };
+        if kind == Kind::Resign {
+            // True for ever: played back it says nothing new.
+            if let Some(resign) = Resign::decode(&opened.plain)
+                && super::lock(&self.pulse).handle_resign(resign, clock::at())
+            {
+                let _ = self.events.try_send(Event::Died(resign.from.node()));
+            }
+            return true;
+        }
         let guard = &mut guards[usize::from(kind == Kind::Vote)];
         if guard.accept(&opened).is_err() {
             return true;
@@ -166,10 +178,24 @@ impl BeatThread {
                     path.send(&sealed);
                 }
             }
+            Output::Will(will) => self.put_will(&will),
             Output::Prompt => {
                 self.prompted.store(true, Ordering::Release);
                 let _ = self.events.try_send(Event::Prompt);
             }
+        }
+    }
+
+    fn put_will(&self, will: &Will) {
+        let Some((memory, sealer)) = &self.will else { return };
+        let plain = will.resign.encode();
+        let letter = |&(node, to): &(NodeId, SocketAddr)| Letter {
+            to,
+            sealed: sealer.seal(Kind::Resign, &context(node), &plain),
+        };
+        let letters: Vec<Letter> = will.to.iter().map(letter).collect();
+        if !memory.put(&letters) {
+            tracing::error!("the will does not fit its place: the death of this process would not be told");
         }
     }
 

@@ -52,6 +52,8 @@ pub(super) enum Event {
     Force(String, oneshot::Sender<Result<Outcome, Failure>>),
     /// What was found out about the service network.
     Sounded(Sounding),
+    /// Another node's process has ended.
+    Died(NodeId),
     /// The beat thread has seen something to decide on.
     Prompt,
     /// Hand over, then end.
@@ -143,6 +145,12 @@ impl Driver {
                 let _ = answer.send(result);
             }
             Event::Sounded(sounding) => self.core.handle_sounding(sounding, now),
+            Event::Died(node) => {
+                tracing::warn!(
+                    node = node.0,
+                    "its process has ended, says its executor: nobody waits for it"
+                );
+            }
             Event::Prompt | Event::Stop => {}
         }
     }

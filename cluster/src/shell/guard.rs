@@ -28,7 +28,7 @@ impl Drop for AbortOnPanic {
 
 /// Gives the calling thread real-time priority and locks the process's memory, as far as this machine allows. Answers
 /// with what it did not allow, for operators.
-pub(super) fn be_prompt() -> Vec<String> {
+pub fn be_prompt() -> Vec<String> {
     let mut notes = Vec::new();
     if let Err(e) = real_time() {
         notes.push(format!(

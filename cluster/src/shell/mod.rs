@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use komainu_proto::domain::NodeId;
 
+pub use guard::be_prompt;
 pub use handle::{ClusterHandle, ProposeError, QueryError};
 pub use start::start;
 pub use view::{LeaseView, MemberView, Quorum, View};
@@ -43,6 +44,7 @@ use crate::pair::{Aside, Policy};
 use crate::seal::{Key, KeyError};
 use crate::store::StoreError;
 use crate::timing::{Timing, TimingError};
+use crate::will::WillMemory;
 
 /// What a node knows at start.
 #[derive(Clone, Debug)]
@@ -99,6 +101,8 @@ pub trait SecondPath: Send + Sync {
     fn receive(&self, buffer: &mut [u8]) -> Option<(usize, [u8; 6])>;
     /// What came from this station was sealed by a node of this cluster.
     fn heard(&self, station: [u8; 6]);
+    /// Where to put what is to be said when this process has died, if anybody will say it.
+    pub will: Option<Arc<WillMemory>>,
 }
 
 /// Answers what other nodes ask about this one's data path (counters, flows, traces).

@@ -146,6 +146,10 @@ fn start_on(
         }
     });
 
+    let will = match settings.will {
+        Some(memory) => Some((memory, Sealer::new(&settings.secret)?)),
+        None => None,
+    };
     let beat = BeatThread {
         node: settings.identity.id,
         socket: socket.try_clone().map_err(system("the UDP socket"))?,
@@ -158,6 +162,7 @@ fn start_on(
         stop: stop.clone(),
         notes: notes.clone(),
         second_path: settings.pair.second_path.clone(),
+        will,
     };
     let beat = thread::Builder::new().name("komainu-beat".to_owned()).spawn(move || beat.run());
     let beat = beat.map_err(system("starting the beat thread"))?;

@@ -110,6 +110,7 @@ impl Cluster {
                 ..Timing::default()
             },
             version: "test".to_owned(),
+            will: None,
         }
     }
 

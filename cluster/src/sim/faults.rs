@@ -146,17 +146,27 @@ pub fn formed(seed: u64, roles: &[Role], groups: u32) -> Result<World, String> {
 fn act(w: &mut World, plan: &Plan, action: &Action) -> Result<(), String> {
     let ids: Vec<u64> = w.machines.keys().copied().collect();
     match action {
-        Action::Kill { node, again } | Action::PowerOff { node, again } if w.process(*node).is_some() => {
-            if matches!(action, Action::PowerOff { .. }) {
-                w.say(*node, || "loses power".to_owned());
-                w.power_off(*node);
-            } else {
-                w.kill(*node);
+        Action::Kill { node, again, .. } | Action::PowerOff { node, again } if w.process(*node).is_some() => {
+            match action {
+                Action::Kill { told: Some(after), .. } => w.kill_and_tell(*node, *after),
+                Action::Kill { .. } => w.kill(*node),
+                _ => {
+                    w.say(*node, || "loses power".to_owned());
+                    w.power_off(*node);
+                }
             }
             if let Some(after) = again {
                 // A supervisor starts it again at once: it must remember, or wait out, what it promised.
                 w.run_for(*after)?;
                 w.start(*node)?;
+            }
+        }
+        Action::KillLeader { told, again } => {
+            let Some(leader) = w.leader() else { return Ok(()) };
+            w.kill_and_tell(leader, *told);
+            if let Some(after) = again {
+                w.run_for(*after)?;
+                w.start(leader)?;
             }
         }
         Action::Kill { node, .. } | Action::PowerOff { node, .. } => w.start(*node)?,
@@ -348,8 +358,8 @@ fn whole_again(w: &mut World, plan: &Plan) -> Result<(), Violation> {
     // And it stays so.
     let before: Vec<_> = groups.iter().map(|g| w.owner(*g)).collect();
     w.run_for(300 * MS)?;
-    // A hand-over that was asked for before may still be under way.
-    if !w.run_until(w.t + 500 * MS, |w| groups.iter().all(|g| w.owner(*g).is_some()))? {
+    // A hand-over that was asked for before may still be under way, at a leader whose disk writes for as long as that takes.
+    if !w.run_until(w.disks_well_at() + 500 * MS, |w| groups.iter().all(|g| w.owner(*g).is_some()))? {
         let owners: Vec<_> = groups.iter().map(|g| w.owner(*g)).collect();
         return Err(liveness(format!("groups are answered for by {owners:?}, after {before:?}")));
     }

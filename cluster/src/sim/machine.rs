@@ -9,7 +9,7 @@ use komainu_proto::domain::{GroupId, NodeId, Role};
 use crate::api::{LeaseUpdate, NodeIdentity};
 use crate::core::{Config, Core, Now, Peer};
 use crate::pair::Policy;
-use crate::pulse::Pulse;
+use crate::pulse::{Pulse, Will};
 use crate::raft::Persist;
 use crate::store::{MemoryStore, Store};
 use crate::time::Instant;
@@ -44,6 +44,10 @@ pub struct Machine {
     pub process: Option<Process>,
     /// Counts processes: what was meant for an earlier one is lost.
     pub generation: u64,
+    /// What its executor is to say when its process has died.
+    pub will: Option<Will>,
+    /// Counts how often it lost power, and every process on it with it, executors too.
+    pub power: u64,
     /// Its wall clock is off by this.
     pub wall_offset_ms: i64,
     /// The whole machine stands still since then, and its clock with it.
@@ -120,6 +124,8 @@ impl Machine {
             lane: BTreeMap::new(),
             process: None,
             generation: 0,
+            will: None,
+            power: 0,
             wall_offset_ms: 0,
             halted_since: None,
             went_on_at: None,
@@ -184,6 +190,7 @@ impl Machine {
     /// Starts the process.
     pub fn start(&mut self, t: Time, seed: u64) {
         self.generation += 1;
+        self.will = None;
         let config = Config {
             identity: self.identity.clone(),
             version: "sim".to_owned(),

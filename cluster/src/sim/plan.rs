@@ -63,6 +63,15 @@ pub enum Action {
     Kill {
         /// Which node.
         node: u64,
+        /// After what time its executor acts; absent: it dies, too.
+        told: Option<Time>,
+        /// After what time it is started again.
+        again: Option<Time>,
+    },
+    /// The leader's process ends, and its executor says so.
+    KillLeader {
+        /// After what time the executor acts.
+        told: Time,
         /// After what time it is started again.
         again: Option<Time>,
     },
@@ -249,12 +258,20 @@ impl Plan {
         let profile = if seed % 8 == 3 { Profile::Fast } else { Profile::Default };
         let mut plan =
             Plan { seed, world, roles, groups, weather, drift_ppm, profile, pair: None, steps: Vec::new() };
+        // By numbers of their own: the runs before there were executors stay what they were.
+        let mut executors = Random(seed ^ 0x1234_5678);
         let mut t = 0;
         while t < lasts {
             let after = r.below(every);
             t += after;
-            if let Some(action) = plan.draw_action(r, &likely, most_drift) {
+            if let Some(mut action) = plan.draw_action(r, &likely, most_drift) {
+                if let Action::Kill { told, .. } = &mut action {
+                    *told = executor(&mut executors);
+                }
+                // In every other run.
+                let death = if seed % 2 == 1 { death_after(&mut executors, &action) } else { None };
                 plan.steps.push(Step { after, action });
+                plan.steps.extend(death);
             }
             if r.below(3) == 0 {
                 let node = plan.node(r);
@@ -278,7 +295,7 @@ impl Plan {
         })?;
         let again = |r: &mut Random| (r.below(2) == 0).then(|| r.below(60 * MS));
         Some(match kind {
-            Kind::Kill => Action::Kill { node, again: again(r) },
+            Kind::Kill => Action::Kill { node, told: None, again: again(r) },
             Kind::PowerOff => Action::PowerOff { node, again: again(r) },
             Kind::Freeze => Action::Freeze { node, lasts: r.between(5 * MS, 1_500 * MS) },
             Kind::Suspend => Action::Suspend { node, lasts: r.between(5 * MS, 1_500 * MS) },
@@ -306,6 +323,29 @@ impl Plan {
             Kind::Join => Action::Join,
             Kind::Leave => Action::Leave { node },
         })
+    }
+}
+
+/// The leader may die in the middle of a hand-over, or when two other nodes have just given each other up.
+fn death_after(r: &mut Random, action: &Action) -> Option<Step> {
+    let after = match action {
+        Action::Switchover { .. } | Action::Unfit { .. } => r.below(20 * MS),
+        Action::Cut { .. } => r.between(50 * MS, 150 * MS),
+        _ => return None,
+    };
+    let again = (r.below(2) == 0).then(|| r.below(300 * MS));
+    let told = r.below(MS);
+    (r.below(4) > 0).then_some(Step { after, action: Action::KillLeader { told, again } })
+}
+
+/// After what time an executor acts, if there is one: usually at once, and on a machine that is busy beyond measure much later.
+fn executor(r: &mut Random) -> Option<Time> {
+    match r.below(8) {
+        0 | 1 => None,
+        2..=4 => Some(r.below(MS)),
+        5 => Some(r.below(20 * MS)),
+        6 => Some(r.below(300 * MS)),
+        _ => Some(r.below(2_000 * MS)),
     }
 }
 

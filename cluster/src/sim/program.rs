@@ -23,13 +23,15 @@ use super::plan::{PAIRS_FROM, Plan};
 use super::world::Weather;
 use crate::rules::Rule;
 
-const USAGE: &str = "usage: sim [--seeds N] [--first SEED] [--threads N] [--out DIR] [--mutate] [--no-shrink]
+const USAGE: &str =
+    "usage: sim [--seeds N] [--first SEED] [--threads N] [--out DIR] [--mutate] [--rule NAME] [--no-shrink]
   --seeds      how many seeds (10000)
   --first      the first of them (1)
   --pairs      how many runs of pairs without a third node beside them (a quarter as many)
   --threads    how many at a time (one a processor)
   --out        directory for transcripts of failures (target/sim)
   --mutate     first break each rule in turn, and fail where nothing notices
+  --rule       the same with this rule only
   --no-shrink  write down failures as they are";
 /// Failures that are written down; more of them seldom tell more.
 const MAX_TOLD: usize = 5;
@@ -53,6 +55,7 @@ struct Options {
     threads: usize,
     out: PathBuf,
     mutate: bool,
+    rule: Option<String>,
     shrink: bool,
 }
 
@@ -82,7 +85,7 @@ pub fn main(args: impl Iterator<Item = String>) -> u8 {
 fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let out = PathBuf::from("target/sim");
-    let mut o = Options { seeds: 10_000, first: 1, pairs: 0, threads, out, mutate: false, shrink: true };
+    let mut o = Options { seeds: 10_000, first: 1, pairs: 0, threads, out, mutate: false, rule: None, shrink: true };
     let mut pairs = None;
     while let Some(flag) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{flag}: a value is missing"));
@@ -94,6 +97,13 @@ fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--threads" => o.threads = number(value()?)?.clamp(1, 1024) as usize,
             "--out" => o.out = PathBuf::from(value()?),
             "--mutate" => o.mutate = true,
+            "--rule" => {
+                let name = value()?;
+                if !Rule::ALL.iter().any(|rule| format!("{rule:?}") == name) {
+                    return Err(format!("{flag} {name}: there are {:?}", Rule::ALL));
+                }
+                (o.mutate, o.rule) = (true, Some(name));
+            }
             "--no-shrink" => o.shrink = false,
             _ => return Err(format!("{flag}: no such option")),
         }
@@ -161,7 +171,8 @@ fn hunt(o: &Options) -> (u64, Option<Kind>) {
 
 /// Breaks each rule in turn. Answers how many of them nothing noticed.
 fn mutate(o: &Options) -> usize {
-    let missed = Rule::ALL.into_iter().filter(|rule| {
+    let chosen = |rule: &Rule| o.rule.as_ref().is_none_or(|name| format!("{rule:?}") == *name);
+    let missed = Rule::ALL.into_iter().filter(chosen).filter(|rule| {
         let found = Mutex::new(None::<(u64, Violation)>);
         each_seed(1..MUTATION_WITHIN + 1, o.threads, |seed| {
             if let Err(violation) = rule.broken(|| outcome(&Plan::draw(seed)))

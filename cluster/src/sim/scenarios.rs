@@ -7,6 +7,7 @@ use super::machine::{Machine, Time};
 use super::world::{MS, Weather, World};
 use crate::api::NodeIdentity;
 use crate::core::Request;
+use crate::rules::Rule;
 use crate::timing::Timing;
 
 const G: GroupId = GroupId(1);
@@ -101,6 +102,102 @@ fn killing_the_owner_costs_an_election_and_little_more() {
     let (median, longest) = (gaps[gaps.len() / 2] / MS, gaps[gaps.len() - 1] / MS);
     println!("median {median} ms, longest {longest} ms");
     assert!(median <= 190 && longest <= 250, "median {median} ms, longest {longest} ms");
+}
+
+/// How long nobody answers after the owner's process has died, for many seeds, the shortest first.
+fn gaps_after_death(die: impl Fn(&mut World, u64)) -> Vec<Time> {
+    let gap = |seed: u64| {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        w.run_for(seed * 3 * MS / 2).unwrap();
+        let owner = w.owner(G).unwrap();
+        die(&mut w, owner);
+        w.machine(owner).lane.clear();
+        let gap = longest_gap(&mut w, 1_000 * MS);
+        assert!(w.owner(G).is_some_and(|n| n != owner), "seed {seed}");
+        gap
+    };
+    let mut gaps: Vec<Time> = (0..60).map(gap).collect();
+    gaps.sort_unstable();
+    println!("median {} ms, longest {} ms", gaps[30] / MS, gaps[59] / MS);
+    gaps
+}
+
+#[test]
+fn a_death_that_is_told_costs_no_promise() {
+    let gaps = gaps_after_death(|w, owner| w.kill_and_tell(owner, MS / 5));
+    assert!(gaps[30] <= 30 * MS && gaps[59] <= 60 * MS, "{gaps:?}");
+}
+
+#[test]
+fn the_word_of_a_death_may_be_lost_on_its_way_to_one_voter() {
+    let gaps = gaps_after_death(|w, owner| {
+        w.cut.insert((owner, 3));
+        w.kill_and_tell(owner, MS / 5);
+    });
+    assert!(gaps[59] <= 250 * MS, "{gaps:?}");
+}
+
+/// Both balancers own a group: the dead leader had granted one to the other, so the promise stands.
+#[test]
+fn a_death_takes_no_group_from_a_living_owner() {
+    for seed in 0..20 {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 2);
+        let leader = w.leader().unwrap();
+        let other = 3 - leader;
+        if leader > 2 {
+            continue;
+        }
+        w.switchover(leader, "g0", Some(leader)).unwrap();
+        w.switchover(leader, "g1", Some(other)).unwrap();
+        w.run_for(1_500 * MS).unwrap();
+        let (own, others) = (GroupId(1), GroupId(2));
+        assert_eq!((w.owner(own), w.owner(others)), (Some(leader), Some(other)), "seed {seed}");
+        w.kill_and_tell(leader, MS / 5);
+        w.run_for(1_000 * MS).unwrap();
+        assert_eq!((w.owner(own), w.owner(others)), (Some(other), Some(other)), "seed {seed}");
+    }
+}
+
+/// A leader dies that had granted a group to a node which its successor can't hear. Answers whether all went well.
+fn leader_dies_and_an_owner_is_cut_from_its_successor(seed: u64) -> Result<(), String> {
+    let roles = [Role::Balancer, Role::Balancer, Role::Witness, Role::Balancer, Role::Witness];
+    let mut w = formed(seed, &roles, 3);
+    let Some(leader) = w.leader().filter(|l| [1, 2, 4].contains(l)) else { return Ok(()) };
+    let others: Vec<u64> = [1, 2, 4].into_iter().filter(|n| *n != leader).collect();
+    for (group, to) in ["g0", "g1", "g2"].into_iter().zip([leader, others[0], others[1]]) {
+        w.switchover(leader, group, Some(to))?;
+    }
+    w.run_for(1_500 * MS)?;
+    w.cut.extend([(others[0], others[1]), (others[1], others[0])]);
+    w.run_for(70 * MS)?;
+    w.kill_and_tell(leader, MS / 5);
+    w.run_for(1_000 * MS)
+}
+
+#[test]
+fn what_a_dead_leader_had_granted_to_others_is_waited_for() {
+    let all = || (0..20).try_for_each(leader_dies_and_an_owner_is_cut_from_its_successor);
+    assert_eq!(all(), Ok(()));
+    let broken = Rule::NothingGranted.broken(all);
+    assert!(broken.is_err_and(|e| e.contains("is answered for by")), "a breach of the rule shows nothing");
+}
+
+/// A word about the process before must not be taken for one about the process that was started after it.
+#[test]
+fn a_late_word_about_a_restarted_process_takes_nothing_from_it() {
+    for seed in 0..20 {
+        let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+        let leader = w.leader().unwrap();
+        let standby = (1..=2).find(|n| Some(*n) != w.owner(G)).unwrap();
+        w.kill_and_tell(standby, 400 * MS);
+        w.start(standby).unwrap();
+        w.run_for(300 * MS).unwrap();
+        w.switchover(leader, "g0", Some(standby)).unwrap();
+        w.run_for(90 * MS).unwrap();
+        let before = w.owner(G);
+        assert_eq!(longest_gap(&mut w, 500 * MS), 0, "seed {seed}");
+        assert_eq!(w.owner(G), before, "seed {seed}");
+    }
 }
 
 #[test]

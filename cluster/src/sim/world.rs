@@ -13,6 +13,7 @@ use super::machine::{Machine, Process, Time, address};
 use super::pairs::ServiceNetwork;
 use crate::core::{Output, Request, Ticket, Via};
 use crate::pulse;
+use crate::rules::Rule;
 use crate::state::{Change, Command, ProposalId};
 use crate::store::Store as _;
 use crate::timing::Timing;
@@ -21,6 +22,8 @@ use crate::timing::Timing;
 pub const MS: Time = 1_000_000;
 /// Time between two wake-ups of a node that finds its deadline in the past.
 const NO_SPIN: Time = 20_000;
+/// When an executor says what it has to say, after it has begun.
+const SAID_AT: [Time; 4] = [0, MS, 3 * MS, 7 * MS];
 /// Datagrams that wait at a frozen process: what a socket buffer holds of beats.
 const BACKLOG: usize = 256;
 
@@ -33,6 +36,8 @@ pub enum Arrival {
     Raft(Box<Message>),
     /// A stream to a node broke.
     Unreachable(NodeId),
+    /// What an executor says of a process that has ended, as bytes.
+    Resign(Vec<u8>),
 }
 
 #[derive(Debug)]
@@ -45,6 +50,16 @@ pub(super) enum Event {
     DiskWell { node: u64 },
     Ask { node: u64, generation: u64 },
     AsideWritten { node: u64, generation: u64, who: Vec<String> },
+    /// An executor does what is left to do for a process that has died: once, and then it says again what it said.
+    Execute { node: u64, dead: Dead, turn: usize },
+}
+
+/// A process that has died and has an executor.
+#[derive(Debug)]
+pub(super) struct Dead {
+    generation: u64,
+    power: u64,
+    will: pulse::Will,
 }
 
 /// How the network and the disks behave.
@@ -177,11 +192,50 @@ impl World {
         self.clients.under_way.retain(|(n, _, _), _| *n != node);
     }
 
+    /// As [`World::kill`], and the machine's executor acts `after` that time.
+    pub fn kill_and_tell(&mut self, node: u64, after: Time) {
+        let machine = self.machine(node);
+        let (generation, power, will) = (machine.generation, machine.power, machine.will.take());
+        self.kill(node);
+        if let Some(will) = will {
+            let dead = Dead { generation, power, will };
+            self.post(self.t + after, Event::Execute { node, dead, turn: 0 });
+        }
+    }
+
+    fn execute(&mut self, node: u64, dead: Dead, turn: usize) {
+        let t = self.t;
+        let machine = self.machine(node);
+        if machine.power != dead.power {
+            return;
+        }
+        if machine.halted_since.is_some() {
+            self.post(t + MS, Event::Execute { node, dead, turn });
+            return;
+        }
+        if turn == 0 {
+            // What a later process has in its lane is not the dead one's.
+            if machine.generation == dead.generation && !Rule::SilenceFirst.is_broken() {
+                machine.lane.values_mut().for_each(|lease| lease.answer_until = Default::default());
+            }
+            self.say(node, || "answers no more; its executor says that its process has ended".to_owned());
+        }
+        let bytes = dead.will.resign.encode();
+        for (to, _) in &dead.will.to {
+            self.datagram(node, to.0, Arrival::Resign(bytes.clone()));
+        }
+        if let Some(next) = SAID_AT.get(turn + 1) {
+            let at = t + next - SAID_AT[turn];
+            self.post(at, Event::Execute { node, dead, turn: turn + 1 });
+        }
+    }
+
     /// Cuts the power: the process is gone, the lane is dark, what was not synced is lost, the clock starts again.
     pub fn power_off(&mut self, node: u64) {
         self.kill(node);
         let (t, offset) = (self.t, self.random.below(5_000 * MS));
         let machine = self.machine(node);
+        machine.power += 1;
         machine.disk.lose_unsynced();
         machine.lane.clear();
         machine.booted_at = t;
@@ -447,6 +501,10 @@ impl World {
             }
             Event::Ask { node, generation } => self.ask(node, generation),
             Event::AsideWritten { node, generation, who } => self.aside_written(node, generation, who),
+            Event::Execute { node, dead, turn } => {
+                self.execute(node, dead, turn);
+                Ok(())
+            }
             Event::DiskWell { node } => {
                 self.machine(node).slow_fsync = None;
                 Ok(())
@@ -499,6 +557,10 @@ impl World {
             Arrival::Beat(source, data) => {
                 let beat = pulse::Beat::decode(&data).expect("a beat survives the wire");
                 let _ = p.pulse.lock().expect("no panic").handle_beat(source, beat, now.at);
+            }
+            Arrival::Resign(data) => {
+                let resign = pulse::Resign::decode(&data).expect("a resign survives the wire");
+                p.pulse.lock().expect("no panic").handle_resign(resign, now.at);
             }
             Arrival::Raft(message) => p.core.handle_message(*message, now),
             Arrival::Unreachable(node) => p.core.handle_unreachable(node, now),
@@ -612,6 +674,10 @@ impl World {
             pulse::Output::Send { to, beat, .. } => {
                 let (bytes, _) = beat.encode();
                 self.datagram(node, to.0, Arrival::Beat(address(node), bytes));
+                Ok(())
+            }
+            pulse::Output::Will(will) => {
+                self.machine(node).will = Some(*will);
                 Ok(())
             }
             pulse::Output::Prompt => {

@@ -99,6 +99,26 @@ impl Process {
     }
 }
 
+/// The living children of a process that run `komainu executor`: what a daemon leaves behind to tell of its death.
+pub fn executors_of(parent: i32) -> Vec<i32> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| is_executor(*pid) && parent_of(*pid) == Some(parent)).collect()
+}
+
+/// Whether a process is an executor, and hasn't ended.
+pub fn is_executor(pid: i32) -> bool {
+    // Empty once it has ended, also while nobody has reaped it.
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.split(|byte| *byte == 0).nth(1) == Some(b"executor")
+}
+
+fn parent_of(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name stands in parentheses and may hold any character: proc_pid_stat(5).
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         self.signal(Signal::SIGKILL);

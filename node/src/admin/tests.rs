@@ -146,6 +146,7 @@ impl World {
             },
             version: "test".to_owned(),
             pair: shell::PairSettings::none(),
+            will: None,
         };
         let lane = (role == Role::Balancer).then(|| Arc::new(Pretended { packets: 100 * id }));
         let queries =

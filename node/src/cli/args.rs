@@ -1,6 +1,6 @@
 //! The commands and their options as clap sees them.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -55,6 +55,19 @@ pub enum Command {
         /// Node file
         #[arg(short, long, value_name = "FILE", default_value = DEFAULT_FILE)]
         config: PathBuf,
+    },
+    /// What the daemon starts beside itself; not for people
+    #[command(hide = true)]
+    Executor {
+        /// Process id of the daemon
+        #[arg(long)]
+        process: i32,
+        /// Address that it listens on for its peers
+        #[arg(long)]
+        listen: IpAddr,
+        /// Standard output is the leases of a program in the kernel
+        #[arg(long)]
+        leases: bool,
     },
     /// Take away what a daemon that is gone left in the kernel: programs on its interfaces (what systemd's ExecStopPost runs)
     Cleanup {

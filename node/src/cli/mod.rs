@@ -49,6 +49,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
     let output = Output::new(cli.client.json);
     match cli.command {
         Command::Run { config } => local::run(&config),
+        Command::Executor { process, listen, leases } => Ok(crate::executor::run(process, listen, leases)),
         Command::Check { config } => local::check(&output, &config),
         Command::Cleanup { config } => local::cleanup(&output, &config).map(|()| ExitCode::SUCCESS),
         Command::Demo => local::demo(&output),
@@ -95,6 +96,7 @@ async fn remote(client: &mut Client, output: &Output, command: Command) -> Resul
         Command::Events { follow } => look::events(client, output, follow).await,
         Command::Version => look::version(client, output).await,
         Command::Run { .. }
+        | Command::Executor { .. }
         | Command::Check { .. }
         | Command::Cleanup { .. }
         | Command::Demo

@@ -24,6 +24,8 @@ pub(super) struct Facts {
     pub(super) data_path: Option<DataPathFacts>,
     pub(super) self_health: Arc<Mutex<SelfHealth>>,
     pub(super) config: NodeConfig,
+    /// What is wrong with the executor.
+    pub(super) executor: Box<dyn Fn() -> Option<String> + Send + Sync>,
     pub(super) started: Instant,
 }
 
@@ -38,7 +40,7 @@ impl Facts {
     /// What an operator should know beside what the cluster layer says.
     pub(super) fn notices(&self) -> Vec<String> {
         let view = self.cluster.view().borrow().clone();
-        let mut notices: Vec<String> = not_admitted(&view).into_iter().collect();
+        let mut notices: Vec<String> = not_admitted(&view).into_iter().chain((self.executor)()).collect();
         if let Some(d) = &self.data_path {
             notices.extend(lock(&d.install).notices());
             let own: Vec<_> = d.path.lane().links().into_iter().flat_map(|l| l.addresses).collect();

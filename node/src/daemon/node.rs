@@ -18,8 +18,8 @@ use komainu_cluster::core::Peer;
 use komainu_cluster::seal::Key;
 use komainu_cluster::shell::{self, ClusterHandle, Settings, View};
 use komainu_cluster::state::{ServiceState, State};
-use komainu_packet::lane;
 use komainu_packet::lane::kernel::Choice;
+use komainu_packet::lane::{self, SharedLane};
 use komainu_packet::time::BootTime;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -31,6 +31,7 @@ use crate::admin::{Context, Followers, Listeners, NodeQueries};
 use crate::check::lane_config;
 use crate::config::NodeConfig;
 use crate::datapath::{InstallStatus, Installer, LanePath};
+use crate::executor::Executor;
 use crate::health::probe::NetProbe;
 use crate::health::schedule::{Checker, Target};
 use crate::warm::Warm;
@@ -45,6 +46,8 @@ pub(super) struct Node {
     /// The administration; ends by itself after being told, within a bounded time. Absent once it has ended.
     admin: Option<JoinHandle<RunError>>,
     tasks: JoinSet<RunError>,
+    /// Tells the others when this process dies.
+    executor: Option<Executor>,
 }
 
 struct RunningDataPath {
@@ -68,7 +71,7 @@ impl Node {
             })?),
             None => None,
         };
-        let settings = settings(config)?;
+        let mut settings = settings(config)?;
         let (lane, lane_reason) = match (choice, lane_config(config)) {
             (Some(choice), Some(settings)) => {
                 let (lane, choice) = lane::start_chosen(choice, &settings)?;
@@ -89,6 +92,8 @@ impl Node {
         });
         let queries = Arc::new(NodeQueries::new(lane.clone(), followers.clone()));
         let (secret, listen) = (settings.secret.clone(), settings.identity.address);
+        let executor = executor(config, lane.as_ref());
+        settings.will = executor.as_ref().ok().and_then(|e| Some(e.as_ref()?.will()));
         let seam = path.clone().map(|path| path as SharedDataPath);
         let cluster = shell::start(settings, seam, queries.clone())?;
         queries.attach(cluster.clone());
@@ -119,6 +124,14 @@ impl Node {
             }),
             self_health: self_health.clone(),
             config: config.clone(),
+            executor: match &executor {
+                Ok(Some(executor)) => Box::new(executor.notices()),
+                Ok(None) => Box::new(|| None),
+                Err(missing) => {
+                    let missing = missing.clone();
+                    Box::new(move || Some(missing.clone()))
+                }
+            },
             started,
         });
 
@@ -167,7 +180,8 @@ impl Node {
             // Nobody asked for it: not an end.
             std::future::pending().await
         });
-        Ok(Node { cluster, data_path, stop_admin, admin: Some(admin), tasks })
+        let executor = executor.ok().flatten();
+        Ok(Node { cluster, data_path, stop_admin, admin: Some(admin), tasks, executor })
     }
 
     /// Returns when a part has ended by itself. Cancel-safe.
@@ -220,7 +234,25 @@ impl Node {
             })
             .await;
         }
+        if let Some(executor) = self.executor.take() {
+            // Everything is handed over and ended in order: there is nothing to be told. Joins a thread.
+            let _ = tokio::task::spawn_blocking(move || executor.dismiss()).await;
+        }
     }
+}
+
+/// Whoever tells the others when this process dies. There is none where there are no others; why there is none where there should be,
+/// for operators.
+fn executor(config: &NodeConfig, lane: Option<&SharedLane>) -> Result<Option<Executor>, String> {
+    let Some(cluster) = &config.cluster else { return Ok(None) };
+    let leases = lane.and_then(|lane| lane.leases());
+    Executor::start(cluster.listen.ip(), leases).map(Some).map_err(|error| {
+        let missing = format!(
+            "no executor ({error}): should this process die, the others wait until its leases have run out"
+        );
+        tracing::warn!("{missing}");
+        missing
+    })
 }
 
 fn settings(config: &NodeConfig) -> Result<Settings, RunError> {
@@ -242,6 +274,7 @@ fn settings(config: &NodeConfig) -> Result<Settings, RunError> {
             doing: "listen to the peer on the service network".to_owned(),
             source,
         })?,
+        will: None,
     })
 }
 

@@ -189,7 +189,7 @@ impl Case {
         let ms = |n| Some(Duration::from_millis(n));
         let live = Bounds { connections_live: true, ..Bounds::default() };
         match self {
-            // To be noticed like a loss of power, until the death of a process is noticed sooner ([`Case::goal`]).
+            // The death of a process is told and should be noticed sooner ([`Case::goal`]); what is lost of that is a loss of power's time.
             Case::KillOwner | Case::PowerOff => Bounds { gap_median: ms(200), gap_max: ms(350), ..live },
             Case::Switchover | Case::KillWitness => Bounds { lost_median: Some(0), ..live },
             // Connections made since the change are known to the owner only, until standbys are told of them.
@@ -200,7 +200,7 @@ impl Case {
         }
     }
 
-    /// Median and greatest gap that the next step has as its goal, on `lane`: shown, not judged.
+    /// Median and greatest gap that are aimed at on `lane`: shown, not judged.
     pub fn goal(self, lane: &str) -> Option<(Duration, Duration)> {
         let median = if lane == "af_packet" { 60 } else { 15 };
         (self == Case::KillOwner).then(|| (Duration::from_millis(median), Duration::from_millis(200)))

@@ -42,6 +42,11 @@ pub trait Contender {
     /// Kills a node's process with SIGKILL. The instant before.
     fn kill(&mut self, node: &str) -> Instant;
 
+    /// The same, and nothing of it is left that could tell of its death.
+    fn kill_silently(&mut self, node: &str) -> Instant {
+        self.kill(node)
+    }
+
     /// Stops a node's process.
     fn pause(&self, node: &str);
 

@@ -265,6 +265,10 @@ impl Contender for Komainu {
         self.cluster.kill_9(node)
     }
 
+    fn kill_silently(&mut self, node: &str) -> Instant {
+        self.cluster.kill_silently(node)
+    }
+
     fn pause(&self, node: &str) {
         self.cluster.signal(node, Signal::SIGSTOP);
     }

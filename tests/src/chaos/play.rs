@@ -160,7 +160,7 @@ impl Scene<'_> {
         for segment in &segments {
             self.side.lab().unplug(node, segment)?;
         }
-        self.side.kill(node);
+        self.side.kill_silently(node);
         self.dwell(Duration::from_secs(1))?;
         self.side.forget(node)?;
         for segment in &segments {

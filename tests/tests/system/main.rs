@@ -7,6 +7,7 @@ mod backends;
 mod cluster;
 mod config;
 mod demo;
+mod executor;
 mod failover;
 mod grpc;
 mod interface;

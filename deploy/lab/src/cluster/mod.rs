@@ -11,14 +11,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
 
 pub use self::document::Document;
 pub use self::status::Status;
 use crate::error::{LabError, Result};
 use crate::lab::Lab;
-use crate::process::{Process, spawn_in};
+use crate::process::{Process, executors_of, is_executor, spawn_in};
 use crate::topology::{CLUSTER, INSIDE, SERVICE, addr};
 
 /// Port for peer gRPC and beats.
@@ -273,7 +274,26 @@ impl Cluster {
         self.node(name).process.as_ref().unwrap_or_else(|| panic!("node \"{name}\" does not run"))
     }
 
-    /// Kills a node with SIGKILL. Returns the instant of the signal.
+    /// The process that a node's daemon has started to tell of its death; absent while it has none.
+    pub fn executor_of(&self, name: &str) -> Option<i32> {
+        executors_of(self.process(name).pid()).first().copied()
+    }
+
+    /// Kills a node with SIGKILL so that nothing is left that could tell of it, as a loss of power does. Returns the instant of the
+    /// signal.
+    pub fn kill_silently(&mut self, name: &str) -> Instant {
+        let Some(process) = self.node_mut(name).process.take() else { return Instant::now() };
+        for executor in executors_of(process.pid()) {
+            // Not stopped first: the kernel wakes what is stopped when its parent goes. The only error is that it has ended.
+            let _ = kill(Pid::from_raw(executor), Signal::SIGKILL);
+            while is_executor(executor) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        process.kill_9()
+    }
+
+    /// Kills a node with SIGKILL; its executor tells of it. Returns the instant of the signal.
     pub fn kill_9(&mut self, name: &str) -> Instant {
         let process = self.node_mut(name).process.take();
         process.map_or_else(Instant::now, |p| p.kill_9())

@@ -1,0 +1,127 @@
+//! The executor itself: set up, wait, silence, tell, end.
+
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use komainu_cluster::shell::be_prompt;
+use komainu_cluster::will::{Letter, WillMemory};
+use komainu_packet::lane::kernel::Silencer;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+use super::READY;
+
+/// Pauses after which everything is said again: loss on the cluster network is normal, and a receiver may be busy. Short at first,
+/// because somebody waits for it, and over long before a service manager clears up.
+const PAUSES_MS: [u64; 5] = [1, 2, 4, 8, 16];
+
+/// Waits for the end of process `daemon`, the parent, and does what is to be done then. `leases`: the program in the kernel has some.
+pub fn run(daemon: i32, listen: IpAddr, leases: bool) -> ExitCode {
+    let mut stderr = io::stderr();
+    match Watch::set_up(daemon, listen, leases) {
+        Ok(watch) => {
+            // Nobody reads it any more when the daemon is dead already.
+            let _ = writeln!(stderr, "{READY}");
+            watch.run();
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            let _ = writeln!(stderr, "{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+struct Watch {
+    /// Readable when the daemon has ended, all of it.
+    daemon: OwnedFd,
+    will: WillMemory,
+    silencer: Option<Silencer>,
+    socket: UdpSocket,
+}
+
+impl Watch {
+    /// Gets everything that could be refused before it is needed.
+    fn set_up(daemon: i32, listen: IpAddr, leases: bool) -> io::Result<Watch> {
+        let told = |what: &'static str| move |e: io::Error| io::Error::other(format!("{what}: {e}"));
+        for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
+            // SAFETY: ignoring a signal runs no handler.
+            unsafe { signal(ignored, SigHandler::SigIgn) }.map_err(io::Error::from)?;
+        }
+        // Where the machine doesn't allow it the daemon wasn't allowed it either, and has said so.
+        let _ = be_prompt();
+        let will = WillMemory::open(inherited(io::stdin().as_fd())?).map_err(told("the will"))?;
+        let silencer = match leases {
+            true => Some(Silencer::new(&inherited(io::stdout().as_fd())?).map_err(told("the leases"))?),
+            false => None,
+        };
+        // Not the daemon's own address: the next one must be able to listen there at once.
+        let socket = UdpSocket::bind(SocketAddr::new(listen, 0)).map_err(told("a socket"))?;
+        socket.set_nonblocking(true)?;
+        let watch = Watch { daemon: watch_parent(daemon)?, will, silencer, socket };
+        // What is needed later is in memory now.
+        drop(watch.will.read());
+        Ok(watch)
+    }
+
+    fn run(&self) {
+        let mut fds = [PollFd::new(self.daemon.as_fd(), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(n) if n > 0 => break,
+                Ok(_) | Err(Errno::EINTR) => {}
+                // It can't be told whether the daemon lives: then nothing may be said.
+                Err(_) => return,
+            }
+        }
+        if let Some(silencer) = &self.silencer {
+            silencer.silence();
+        }
+        let letters = self.will.read();
+        if letters.is_empty() {
+            return;
+        }
+        self.send(&letters);
+        for pause in PAUSES_MS {
+            std::thread::sleep(Duration::from_millis(pause));
+            self.send(&letters);
+        }
+    }
+
+    fn send(&self, letters: &[Letter]) {
+        for letter in letters {
+            // A network that is down refuses it now and may take the next one; after that nobody would wait for it any more.
+            let _ = self.socket.send_to(&letter.sealed, letter.to);
+        }
+    }
+}
+
+/// A descriptor of one's own for what was inherited.
+fn inherited(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    fd.try_clone_to_owned()
+}
+
+/// A descriptor that is readable when the parent has ended, all threads of it.
+///
+/// Whoever is still the parent afterwards was it when the descriptor was opened. An orphan says nothing of its parent: that one may be
+/// just about to end, some thread of it still at work.
+fn watch_parent(parent: i32) -> io::Result<OwnedFd> {
+    // SAFETY: plain numbers in, a descriptor of our own or an error out.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, parent, 0) };
+    let fd = match i32::try_from(fd) {
+        // SAFETY: a fresh descriptor that nobody else has.
+        Ok(fd) if fd >= 0 => unsafe { OwnedFd::from_raw_fd(fd) },
+        _ => {
+            let refused = io::Error::last_os_error();
+            return Err(io::Error::other(format!("watch the daemon (pidfd_open): {refused}")));
+        }
+    };
+    if nix::unistd::getppid().as_raw() != parent {
+        return Err(io::Error::other("the daemon has ended meanwhile"));
+    }
+    Ok(fd)
+}
