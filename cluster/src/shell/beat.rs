@@ -130,7 +130,9 @@ impl BeatThread {
 
     /// Takes a datagram in. Answers whether a node of this cluster has sealed it for this one, also when it came before.
     fn datagram(&self, guards: &mut [ReplayGuard; 2], source: SocketAddr, sealed: &[u8]) -> bool {
-        let Ok(kind @ (Kind::Beat | Kind::Vote | Kind::Resign)) = self.sealer.peek(sealed) else { return false };
+        let Ok(kind @ (Kind::Beat | Kind::Vote | Kind::Resign)) = self.sealer.peek(sealed) else {
+            return false;
+        };
         let Ok(opened) = self.sealer.open(kind, &context(self.node), sealed) else { return false };
         if kind == Kind::Resign {
             // True for ever: played back it says nothing new.

@@ -61,6 +61,8 @@ pub struct Settings {
     pub timing: Timing,
     /// Version of the program, for status.
     pub version: String,
+    /// Where to put what is to be said when this process has died, if anybody will say it.
+    pub will: Option<Arc<WillMemory>>,
     /// What matters where two balancers are all there is.
     pub pair: PairSettings,
 }
@@ -101,8 +103,6 @@ pub trait SecondPath: Send + Sync {
     fn receive(&self, buffer: &mut [u8]) -> Option<(usize, [u8; 6])>;
     /// What came from this station was sealed by a node of this cluster.
     fn heard(&self, station: [u8; 6]);
-    /// Where to put what is to be said when this process has died, if anybody will say it.
-    pub will: Option<Arc<WillMemory>>,
 }
 
 /// Answers what other nodes ask about this one's data path (counters, flows, traces).

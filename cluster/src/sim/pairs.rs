@@ -8,7 +8,7 @@ use komainu_proto::domain::{GroupId, NodeId, Role};
 
 use super::Random;
 use super::machine::{SoundingUnderWay, Time};
-use super::plan::{Action, MAX_DRIFT_PPM, Plan, Step, drift};
+use super::plan::{Action, MAX_DRIFT_PPM, Plan, Step, drift, executor};
 use super::world::{Arrival, Event, MS, Weather, World};
 use crate::pair::{Policy, Sounding};
 use crate::timing::Profile;
@@ -307,7 +307,8 @@ fn draw_action(r: &mut Random, likely: &[u64], most_drift: i64) -> Option<Action
     })?;
     let again = |r: &mut Random| (r.below(2) == 0).then(|| r.below(1_500 * MS));
     Some(match kind {
-        Kind::Kill => Action::Kill { node, again: again(r) },
+        // By numbers of its own: the rest of the run stays what it was before there were executors.
+        Kind::Kill => Action::Kill { node, told: executor(&mut Random(r.0 ^ 0x1234_5678)), again: again(r) },
         Kind::PowerOff => Action::PowerOff { node, again: again(r) },
         Kind::Freeze => Action::Freeze { node, lasts: r.between(5 * MS, 2_500 * MS) },
         Kind::Suspend => Action::Suspend { node, lasts: r.between(5 * MS, 1_500 * MS) },

@@ -339,7 +339,7 @@ fn death_after(r: &mut Random, action: &Action) -> Option<Step> {
 }
 
 /// After what time an executor acts, if there is one: usually at once, and on a machine that is busy beyond measure much later.
-fn executor(r: &mut Random) -> Option<Time> {
+pub(super) fn executor(r: &mut Random) -> Option<Time> {
     match r.below(8) {
         0 | 1 => None,
         2..=4 => Some(r.below(MS)),

@@ -85,7 +85,8 @@ pub fn main(args: impl Iterator<Item = String>) -> u8 {
 fn options(mut args: impl Iterator<Item = String>) -> Result<Options, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let out = PathBuf::from("target/sim");
-    let mut o = Options { seeds: 10_000, first: 1, pairs: 0, threads, out, mutate: false, rule: None, shrink: true };
+    let mut o =
+        Options { seeds: 10_000, first: 1, pairs: 0, threads, out, mutate: false, rule: None, shrink: true };
     let mut pairs = None;
     while let Some(flag) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{flag}: a value is missing"));

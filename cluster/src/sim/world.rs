@@ -42,16 +42,44 @@ pub enum Arrival {
 
 #[derive(Debug)]
 pub(super) enum Event {
-    Arrive { to: u64, arrival: Arrival },
-    Written { node: u64, generation: u64, number: u64 },
-    Installed { node: u64, generation: u64, index: u64 },
-    Wake { node: u64 },
-    Resume { node: u64 },
-    DiskWell { node: u64 },
-    Ask { node: u64, generation: u64 },
-    AsideWritten { node: u64, generation: u64, who: Vec<String> },
+    Arrive {
+        to: u64,
+        arrival: Arrival,
+    },
+    Written {
+        node: u64,
+        generation: u64,
+        number: u64,
+    },
+    Installed {
+        node: u64,
+        generation: u64,
+        index: u64,
+    },
+    Wake {
+        node: u64,
+    },
+    Resume {
+        node: u64,
+    },
+    DiskWell {
+        node: u64,
+    },
+    Ask {
+        node: u64,
+        generation: u64,
+    },
+    AsideWritten {
+        node: u64,
+        generation: u64,
+        who: Vec<String>,
+    },
     /// An executor does what is left to do for a process that has died: once, and then it says again what it said.
-    Execute { node: u64, dead: Dead, turn: usize },
+    Execute {
+        node: u64,
+        dead: Dead,
+        turn: usize,
+    },
 }
 
 /// A process that has died and has an executor.
