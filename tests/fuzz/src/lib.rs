@@ -2,7 +2,7 @@
 //! nothing panics.
 //!
 //! `fuzz_targets/` only names them, so that what a finding did can be debugged and kept as an ordinary test: findings
-//! become tests of the packet crate, named after what was wrong.
+//! become tests of the crate, named after what was wrong.
 //!
 //! From the repository's root, with a nightly compiler and cargo-fuzz:
 //! ```text
@@ -12,5 +12,6 @@
 
 pub mod build;
 pub mod engine;
+pub mod peers;
 pub mod sums;
 pub mod wire;
