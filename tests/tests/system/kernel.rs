@@ -8,7 +8,9 @@ use komainu_lab::cluster::{Cluster, SOON, binary};
 use komainu_lab::topology::{SERVICE, Standard};
 use komainu_lab::traffic::stream::{StreamSpec, UdpStream};
 use komainu_packet::lane::LaneKind;
-use komainu_tests::{Bed, Machine, udp, vip, with_lane};
+use komainu_tests::{Bed, GROUP, Machine, udp, vip, web_document, with_lane};
+
+use crate::standby::{METRICS, metric};
 
 /// `lease_ms` where the node file says nothing, and what a busy machine adds.
 const LEASE: Duration = Duration::from_millis(80);
@@ -63,6 +65,41 @@ fn status_and_check_say_lane_and_mode_and_why() {
     assert!(node.lane_reason.contains("offloads"), "{node:?}");
     let shown = cluster.cli_ok("lb1", &["status"]).unwrap().stdout;
     assert!(shown.contains(&node.lane_reason), "{shown}");
+}
+
+/// Guards against a program that was never told of routes and neighbours which the kernel knew before its daemon started, and told
+/// nobody of again: after a crash and a restart every answer to a client went through user space.
+#[test]
+fn a_restarted_daemon_forwards_in_the_kernel_again() {
+    for lane in KERNEL {
+        with_lane(lane, || {
+            let mut bed = Bed::idle(Machine::Shared, Standard::default());
+            for node in ["lb1", "lb2"] {
+                bed.cluster.configure(node, &format!("[metrics]\nlisten = \"{METRICS}\"\n")).unwrap();
+            }
+            bed.cluster.start_all().unwrap();
+            bed.cluster.wait_formed(SOON).unwrap();
+            let document = web_document(&bed.cluster.lab);
+            bed.cluster.apply("lb1", &document).unwrap();
+            let owner = bed.owner();
+            bed.cluster.wait_all_up(SOON).unwrap();
+            let stream = bed.stream();
+            bed.cluster.kill_9(&owner);
+            bed.owner_other_than(&owner);
+            bed.cluster.start(&owner).unwrap();
+            bed.cluster.wait_formed(SOON).unwrap();
+            bed.cluster.cli_ok("wit", &["switchover", GROUP, "--to", &owner]).unwrap();
+            assert_eq!(bed.owner_other_than(&bed.other_than(&owner)), owner);
+            stream.stop();
+            let stream = bed.stream();
+            let went_up = || metric(&bed, &owner, "komainu_lane_events_total{event=\"up_neighbour\"}");
+            let before = went_up();
+            assert!(stream.wait_answered(500, SOON));
+            let up = went_up() - before;
+            assert!(up < 100, "{up} of some 500 answers went through user space ({})", lane.as_str());
+            stream.stop();
+        });
+    }
 }
 
 /// Guards against a lane in user space behind a program without a lease, which a crash of another lane had left: at XDP it kept

@@ -19,8 +19,8 @@ const INTERVAL: Duration = Duration::from_secs(4);
 const FILL: Duration = Duration::from_secs(60);
 /// How long a connection may take to answer after a failover: its segments are sent again at growing intervals.
 const ROLL: Duration = Duration::from_secs(30);
-/// Where a node shows its metrics.
-const METRICS: &str = "127.0.0.1:7802";
+/// Where a node shows its metrics, when it is told to.
+pub const METRICS: &str = "127.0.0.1:7802";
 /// Modes, and the ports of their echo services: `dsr` can't change ports.
 const MODES: [(&str, u16); 3] = [("nat", 71), ("nat-transparent", 72), ("dsr", ECHO)];
 const BACKENDS: Standard =
@@ -141,7 +141,7 @@ fn a_standby_that_is_gone_lacks_everything_until_it_is_back_and_has_caught_up() 
 }
 
 /// Value of a series on a node's metrics page.
-fn metric(bed: &Bed, node: &str, series: &str) -> u64 {
+pub fn metric(bed: &Bed, node: &str, series: &str) -> u64 {
     let page = bed.host(node).run(|| {
         let mut stream = TcpStream::connect(METRICS).unwrap();
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();

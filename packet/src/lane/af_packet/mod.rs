@@ -263,6 +263,11 @@ fn worker(
             source: std::io::Error::other(reason),
         })?;
     }
+    let hops = hops::Hops::new(snapshot, indices);
+    if let Some(below) = &mut below {
+        // The kernel may have nothing new to say for a long time: a process before this one has had its neighbours resolved.
+        below.hops_changed(&engine, &hops, BootTime::now());
+    }
     shared.round_at.store(BootTime::now().0, Ordering::Relaxed);
     Ok(Worker {
         shared: Arc::clone(shared),
@@ -274,7 +279,7 @@ fn worker(
         below_again_at: None,
         below_failed: false,
         names: [Some(config.service.clone()), config.inside.clone()],
-        hops: hops::Hops::new(snapshot, indices),
+        hops,
         ring_slots: config.ring_slots,
         interest,
         park: park::Park::default(),
