@@ -31,6 +31,10 @@ pub struct Exchange {
     /// Log index of the tables by which changes of others are understood.
     installed: u64,
     next_mark: u32,
+    /// The highest generation of a peer that is none any more: should it come back, it may still remember that one.
+    last_generation: u64,
+    /// Under which epoch each group was told of last, and by whom.
+    newest: BTreeMap<GroupId, (u64, NodeId)>,
 }
 
 #[derive(Debug)]
@@ -83,6 +87,8 @@ pub struct Work {
     pub mark: u32,
     /// What to do, in this order.
     pub steps: Vec<Step>,
+    /// Of flows of these groups nothing: another peer tells of them under a newer epoch.
+    pub stale: Vec<GroupId>,
 }
 
 /// A part of it.
@@ -126,13 +132,19 @@ impl Exchange {
             index: 0,
             installed: 0,
             next_mark: 1,
+            last_generation: 0,
+            newest: BTreeMap::new(),
         }
     }
 
     /// The other balancers.
     pub fn set_peers(&mut self, peers: impl IntoIterator<Item = NodeId>, now: Instant) {
         let wanted: Vec<NodeId> = peers.into_iter().filter(|p| *p != self.me).take(MAX_PEERS).collect();
-        self.peers.retain(|node, _| wanted.contains(node));
+        let last = &mut self.last_generation;
+        self.peers.retain(|node, link| {
+            *last = (*last).max(link.sending.generation());
+            wanted.contains(node)
+        });
         for node in wanted {
             self.peers.entry(node).or_insert_with(|| Link {
                 session: None,
@@ -141,7 +153,7 @@ impl Exchange {
                 heard_at: None,
                 report_at: now,
                 reported_at: None,
-                sending: Sending::default(),
+                sending: Sending::after(self.last_generation),
                 receiving: Receiving::default(),
             });
         }
@@ -267,14 +279,28 @@ impl Exchange {
                 mark
             };
             let Some((data, mark, scope)) = link.receiving.next(installed, &blocked, mark) else { continue };
+            if data.begins.is_some() {
+                for owned in scope {
+                    let newest = self.newest.entry(owned.group).or_insert((owned.epoch, peer));
+                    // Of one peer what it said last counts: one of a pair that gives way goes on under the other's epochs.
+                    if newest.1 == peer || owned.epoch > newest.0 {
+                        *newest = (owned.epoch, peer);
+                    }
+                }
+            }
+            let is_stale = |o: &&Owned| {
+                self.newest.get(&o.group).is_some_and(|(epoch, other)| *other != peer && *epoch > o.epoch)
+            };
+            let stale: Vec<GroupId> = scope.iter().filter(is_stale).map(|o| o.group).collect();
             let mut steps = Vec::new();
             if !data.changes.is_empty() {
                 steps.push(Step::Adopt(data.changes.clone()));
             }
             if data.complete {
-                steps.push(Step::Sweep(scope.iter().map(|o| o.group).collect()));
+                let groups = scope.iter().map(|o| o.group).filter(|g| !stale.contains(g));
+                steps.push(Step::Sweep(groups.collect()));
             }
-            return Some(Work { peer, mark, steps });
+            return Some(Work { peer, mark, steps, stale });
         }
         None
     }
@@ -297,6 +323,10 @@ impl Exchange {
         for (&to, link) in &mut self.peers {
             if link.report_due().is_some_and(|at| at <= now) {
                 let (generation, applied, arrived) = link.receiving.report();
+                // What an earlier process of the peer told is nothing to the one that speaks now.
+                let same = link.claimed == link.session;
+                let (generation, applied, arrived) =
+                    if same { (generation, applied, arrived) } else { (0, 0, 0) };
                 link.report_at = now.after(REPORT);
                 link.reported_at = Some(now);
                 let report = Report { from: me, to: link.claimed, generation, applied, arrived };

@@ -68,6 +68,11 @@ struct Sent {
 }
 
 impl Sending {
+    /// To a peer that may remember generations up to that one.
+    pub(super) fn after(generation: u64) -> Sending {
+        Sending { generation, ..Sending::default() }
+    }
+
     /// Begins a new generation with all flows of `scope`; none: nothing is sent.
     pub(super) fn restart(&mut self, scope: &[Owned]) {
         *self = Sending {

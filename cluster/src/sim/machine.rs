@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use komainu_proto::domain::{GroupId, NodeId, Role};
 
+use super::warm::{Table, Warm};
 use crate::api::{LeaseUpdate, NodeIdentity};
 use crate::core::{Config, Core, Now, Peer};
 use crate::pair::Policy;
@@ -40,6 +41,8 @@ pub struct Machine {
     pub disk_full: bool,
     /// Leases in the lane: they stay there when the process dies.
     pub lane: BTreeMap<GroupId, LeaseUpdate>,
+    /// Flows in the lane.
+    pub flows: Table,
     /// The process.
     pub process: Option<Process>,
     /// Counts processes: what was meant for an earlier one is lost.
@@ -89,6 +92,8 @@ pub struct Process {
     pub core: Core,
     /// Beat side.
     pub pulse: Arc<Mutex<Pulse>>,
+    /// The exchange of flows, where there are any.
+    pub warm: Option<Warm>,
     /// Writes not yet on disk, in order, with the true time at which each will be.
     pub writing: VecDeque<(Persist, Time)>,
     /// Index of the state that was last announced to the planner.
@@ -122,6 +127,7 @@ impl Machine {
             slow_fsync: None,
             disk_full: false,
             lane: BTreeMap::new(),
+            flows: Table::default(),
             process: None,
             generation: 0,
             will: None,
@@ -201,8 +207,9 @@ impl Machine {
             incarnation: seed ^ 0xaaaa,
             pair: self.pair,
         };
-        // A lane that is started permits nothing.
+        // A lane that is started permits nothing and knows nothing.
         self.lane.clear();
+        self.flows = Table::default();
         self.installed = 0;
         self.sounding = None;
         let core = Core::start(config, self.disk.load().expect("memory can be read"), self.now(t))
@@ -217,6 +224,7 @@ impl Machine {
         self.process = Some(Process {
             core,
             pulse,
+            warm: None,
             writing: VecDeque::new(),
             planned: 0,
             applied: 0,

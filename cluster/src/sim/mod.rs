@@ -12,6 +12,7 @@ pub mod plan;
 pub mod program;
 #[cfg(test)]
 mod scenarios;
+pub mod warm;
 pub mod world;
 
 pub use faults::{Kind, Violation, play, run};

@@ -218,6 +218,8 @@ pub struct Plan {
     pub profile: Profile,
     /// A pair without a third node, and what it does.
     pub pair: Option<Policy>,
+    /// Whether clients have flows that the standbys are told of.
+    pub flows: bool,
     /// What happens.
     pub steps: Vec<Step>,
 }
@@ -256,8 +258,18 @@ impl Plan {
         let every = r.between(50 * MS, 600 * MS);
         let groups = r.between(1, 4) as u32;
         let profile = if seed % 8 == 3 { Profile::Fast } else { Profile::Default };
-        let mut plan =
-            Plan { seed, world, roles, groups, weather, drift_ppm, profile, pair: None, steps: Vec::new() };
+        let mut plan = Plan {
+            seed,
+            world,
+            roles,
+            groups,
+            weather,
+            drift_ppm,
+            profile,
+            pair: None,
+            flows: has_flows(seed),
+            steps: Vec::new(),
+        };
         // By numbers of their own: the runs before there were executors stay what they were.
         let mut executors = Random(seed ^ 0x1234_5678);
         let mut t = 0;
@@ -326,6 +338,11 @@ impl Plan {
     }
 }
 
+/// In every other run: the runs before there were flows stay what they were.
+pub(super) fn has_flows(seed: u64) -> bool {
+    Random(seed ^ 0xf10f_10f1).below(2) == 0
+}
+
 /// The leader may die in the middle of a hand-over, or when two other nodes have just given each other up.
 fn death_after(r: &mut Random, action: &Action) -> Option<Step> {
     let after = match action {
@@ -367,6 +384,9 @@ impl fmt::Display for Plan {
         )?;
         if let Some(policy) = self.pair {
             writeln!(f, "a pair: {policy:?}")?;
+        }
+        if self.flows {
+            writeln!(f, "with flows")?;
         }
         writeln!(f, "{:?}", self.weather)?;
         for step in &self.steps {

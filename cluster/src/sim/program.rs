@@ -227,7 +227,8 @@ fn shrink(mut plan: Plan, kind: Kind) -> Plan {
         }
         size /= 2;
     }
-    let simpler: [fn(&mut Plan); 4] = [
+    let simpler: [fn(&mut Plan); 5] = [
+        |p| p.flows = false,
         |p| p.weather = Weather::FAIR,
         |p| p.drift_ppm.fill(0),
         |p| p.groups = 1,

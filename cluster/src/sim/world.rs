@@ -11,6 +11,7 @@ use super::Random;
 use super::check::Checker;
 use super::machine::{Machine, Process, Time, address};
 use super::pairs::ServiceNetwork;
+use super::warm::{Flows, Sealed, Warm};
 use crate::core::{Output, Request, Ticket, Via};
 use crate::pulse;
 use crate::rules::Rule;
@@ -38,6 +39,8 @@ pub enum Arrival {
     Unreachable(NodeId),
     /// What an executor says of a process that has ended, as bytes.
     Resign(Vec<u8>),
+    /// Flows, or a report of them.
+    Flows(Box<Sealed>),
 }
 
 #[derive(Debug)]
@@ -59,6 +62,8 @@ pub(super) enum Event {
     Wake {
         node: u64,
     },
+    /// A client does something.
+    Client,
     Resume {
         node: u64,
     },
@@ -155,6 +160,8 @@ pub struct World {
     pub verbose: bool,
     /// What the clients do.
     pub clients: Clients,
+    /// Flows, where there are any.
+    pub flows: Option<Flows>,
     queue: BinaryHeap<Reverse<(Time, u64)>>,
     events: BTreeMap<u64, Event>,
     sequence: u64,
@@ -188,6 +195,7 @@ impl World {
             told_from: 0,
             verbose: false,
             clients: Clients::default(),
+            flows: None,
             queue: BinaryHeap::new(),
             events: BTreeMap::new(),
             sequence: 0,
@@ -200,6 +208,14 @@ impl World {
         let t = self.t;
         self.say(node, || "starts".to_owned());
         self.machine(node).start(t, seed);
+        if self.flows.is_some() {
+            let machine = self.machine(node);
+            let (id, generation) = (machine.identity.id, machine.generation);
+            let balances = machine.identity.role == Role::Balancer;
+            if let Some(p) = machine.process.as_mut().filter(|_| balances) {
+                p.warm = Some(Warm::new(id, generation));
+            }
+        }
         self.drive(node)
     }
 
@@ -266,6 +282,7 @@ impl World {
         machine.power += 1;
         machine.disk.lose_unsynced();
         machine.lane.clear();
+        machine.flows = Default::default();
         machine.booted_at = t;
         machine.boot_offset = offset;
     }
@@ -527,6 +544,7 @@ impl World {
                 self.time_out(node);
                 self.drive(node)
             }
+            Event::Client => self.client(),
             Event::Ask { node, generation } => self.ask(node, generation),
             Event::AsideWritten { node, generation, who } => self.aside_written(node, generation, who),
             Event::Execute { node, dead, turn } => {
@@ -592,6 +610,7 @@ impl World {
             }
             Arrival::Raft(message) => p.core.handle_message(*message, now),
             Arrival::Unreachable(node) => p.core.handle_unreachable(node, now),
+            Arrival::Flows(sealed) => self.flows_arrive(to, *sealed),
         }
     }
 
@@ -618,6 +637,7 @@ impl World {
 
     /// Carries out what a node wants done, until it wants nothing, and sets its alarm.
     pub(super) fn drive(&mut self, node: u64) -> Result<(), String> {
+        self.exchange_flows(node)?;
         loop {
             let Some(p) = &mut self.machine(node).process else { return Ok(()) };
             // Leases before messages: what the Raft side sends may rest on what the lane was told.
@@ -632,7 +652,10 @@ impl World {
         self.tell(node);
         let (t, machine) = (self.t, self.machine(node));
         let Some(p) = &machine.process else { return Ok(()) };
-        let deadline = p.core.next_deadline().min(p.pulse.lock().expect("no panic").next_deadline());
+        let mut deadline = p.core.next_deadline().min(p.pulse.lock().expect("no panic").next_deadline());
+        if let Some(warm) = &p.warm {
+            deadline = deadline.min(warm.next_deadline());
+        }
         let at = machine.when(deadline, t + NO_SPIN);
         if machine.wake_at.is_none_or(|w| at != w) {
             machine.wake_at = Some(at);
@@ -669,6 +692,9 @@ impl World {
                 let before = machine.answers(group, t);
                 machine.lane.insert(group, lease);
                 let after = machine.answers(group, t);
+                if before.is_none() && after.is_some() {
+                    self.takes_over(node, group)?;
+                }
                 if before != after {
                     match after {
                         Some(epoch) => {

@@ -1,7 +1,7 @@
 //! The same tests for every store, and those that only a disk needs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use raft::eraftpb::{Entry, HardState, Snapshot};
@@ -178,6 +178,91 @@ fn a_damaged_store_is_set_aside_and_never_deleted() {
         drop(opened);
         assert_eq!(open(dir.path()).expect("opens").set_aside.len(), 1);
     }
+}
+
+/// Files of a store and what `kill -9` leaves of it: what is in them while it is open.
+fn left_behind() -> (Vec<(PathBuf, Vec<u8>)>, Restored) {
+    let dir = quick_directory();
+    let mut store = open(dir.path()).expect("opens").store;
+    store.write(&first()).expect("writes");
+    store.write(&appended(vec![entry(1, 1, 10), entry(2, 1, 100)])).expect("writes");
+    store.write(&Persist { hard_state: hard(2, 7, 1), sync: true, ..Persist::default() }).expect("writes");
+    let compact = Persist { snapshot: snapshot(1, 1, 30), drop_through: 1, ..Persist::default() };
+    store.write(&Persist { hard_state: hard(2, 7, 2), ..compact }).expect("writes");
+    store.write(&appended(vec![entry(3, 2, 50)])).expect("writes");
+    let mut files = Vec::new();
+    let mut directories = vec![dir.path().join("store")];
+    while let Some(directory) = directories.pop() {
+        for file in fs::read_dir(directory).expect("lists").flatten() {
+            let path = file.path();
+            if path.is_dir() {
+                directories.push(path);
+            } else {
+                let name = path.strip_prefix(dir.path()).expect("is in there").to_owned();
+                files.push((name, fs::read(&path).expect("reads")));
+            }
+        }
+    }
+    files.sort();
+    let expected = Restored {
+        raft_id: RaftId(0x1_0001),
+        hard_state: HardState { term: 2, vote: 7, commit: 2 },
+        snapshot: snapshot(1, 1, 30).expect("made"),
+        entries: vec![entry(2, 1, 100), entry(3, 2, 50)],
+    };
+    (files, expected)
+}
+
+/// In memory, where there is such a place: the syncs of hundreds of stores are not what is tested.
+fn quick_directory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a directory")
+}
+
+/// Cut off or changed at whatever point, what was acknowledged is there as a whole, or the store is set aside: never is less
+/// taken for all there is, and never anything else for what was written.
+#[test]
+fn a_store_cut_or_changed_at_any_point_is_whole_or_set_aside() {
+    let (files, expected) = left_behind();
+    assert!(files.iter().any(|(name, _)| name.ends_with("log/db")), "{files:?}");
+    let (mut whole, mut aside) = (0, 0);
+    for (i, (name, bytes)) in files.iter().enumerate() {
+        // sled writes its log ahead with zeros; one point beyond what it holds stands for all of them.
+        let used = bytes.iter().rposition(|b| *b != 0).map_or(0, |last| last + 2).min(bytes.len());
+        for at in 0..used {
+            for cut in [true, false] {
+                let mut damaged = bytes.clone();
+                if cut {
+                    damaged.truncate(at);
+                } else {
+                    damaged[at] ^= 1 << (at % 8);
+                }
+                let dir = quick_directory();
+                for (j, (name, bytes)) in files.iter().enumerate() {
+                    let path = dir.path().join(name);
+                    fs::create_dir_all(path.parent().expect("has one")).expect("makes it");
+                    fs::write(path, if i == j { &damaged } else { bytes }).expect("writes");
+                }
+                let what = format!("{} {} at {at}", name.display(), if cut { "cut" } else { "changed" });
+                let mut opened = open(dir.path()).unwrap_or_else(|e| panic!("{what}: {e}"));
+                match opened.store.load().unwrap_or_else(|e| panic!("{what}: {e}")) {
+                    Some(restored) => {
+                        assert_eq!(restored, expected, "{what}");
+                        assert_eq!(opened.set_aside, [], "{what}");
+                        whole += 1;
+                    }
+                    None => {
+                        let [aside_at] = opened.set_aside.as_slice() else {
+                            panic!("{what}: nothing set aside")
+                        };
+                        assert!(!aside_at.reason.is_empty(), "{what}");
+                        aside += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("{whole} times all of it was there, {aside} times it was set aside");
+    assert!(whole > 0 && aside > 0);
 }
 
 #[test]

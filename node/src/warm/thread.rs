@@ -266,8 +266,13 @@ impl Worker {
         for step in &work.steps {
             match step {
                 Step::Adopt(changes) => {
+                    let stale = |change: &Change| {
+                        let group = self.groups.get(&name_of(change).service.0);
+                        group.is_some_and(|group| work.stale.contains(group))
+                    };
                     for some in changes.chunks(MAX_ADOPTED) {
-                        let Some(adopted) = lane.adopt(some.iter().map(news).collect(), work.mark) else {
+                        let some = some.iter().filter(|c| work.stale.is_empty() || !stale(c));
+                        let Some(adopted) = lane.adopt(some.map(news).collect(), work.mark) else {
                             return false;
                         };
                         totals.adopted.fetch_add(adopted.taken.into(), Ordering::Relaxed);
