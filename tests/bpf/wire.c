@@ -13,40 +13,55 @@ static u32 (*const random_u32)(void) = (void *)BPF_FUNC_get_prandom_u32;
 #define FLAGS (ETH_LEN + 20 + 13)
 #define HEADERS 54
 #define SYN 0x02
+#define RST 0x04
 #define ACK 0x10
+#define SEQUENCE (ETH_LEN + 20 + 4)
+#define ACKNOWLEDGED (ETH_LEN + 20 + 8)
+// Connections that are begun before a connection's next segment is sent: time for the answer to come.
+#define LAG 512
 
 // Ethernet, IPv4 and TCP headers of every frame, but for what tells flows apart. Set before loading.
 const volatile unsigned char template[HEADERS];
 // Number of flows. Set before loading.
 const volatile u32 flows;
+// Whether the backend's answers are sent back the way that the question came. Set before loading.
+const volatile u32 answered = 1;
 
+// What arrived: 0: all frames; 1: those that only acknowledge.
+struct {
+    UINT(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    UINT(max_entries, 2);
+    TYPE(key, u32);
+    TYPE(value, u64);
+} counted SEC(".maps");
+
+// Frames of `generate_connections` so far.
 struct {
     UINT(type, BPF_MAP_TYPE_PERCPU_ARRAY);
     UINT(max_entries, 1);
     TYPE(key, u32);
     TYPE(value, u64);
-} counted SEC(".maps");
+} begun SEC(".maps");
 
-// RFC 1624, equation 3.
-static inline __attribute__((always_inline)) void change_flags(unsigned char *data, unsigned char from, unsigned char to)
+// A byte of a segment that is the lower one of its 16 bits, and the segment's checksum with it (RFC 1624, equation 3).
+static inline __attribute__((always_inline)) void change(unsigned char *data, u32 at, unsigned char to)
 {
     u32 sum = (u16)~(data[CHECKSUM] << 8 | data[CHECKSUM + 1]);
 
-    sum += (u16)~from + (u32)to;
+    sum += (u16)~data[at] + (u32)to;
     sum = (sum & 0xffff) + (sum >> 16);
     sum = (sum & 0xffff) + (sum >> 16);
     data[CHECKSUM] = ~sum >> 8;
     data[CHECKSUM + 1] = ~sum;
-    data[FLAGS] = to;
+    data[at] = to;
 }
 
 // Flows differ in the source port and, beyond 32768 of them, in the lower half of the source address. The IP
 // identification and the TCP urgent pointer take up the differences, so that both checksums of the template stay right.
-static inline __attribute__((always_inline)) int make(struct xdp_md *ctx, unsigned char flags)
+static inline __attribute__((always_inline)) int make(struct xdp_md *ctx, u32 flow, unsigned char flags)
 {
     unsigned char *data = (void *)(long)ctx->data;
     unsigned char *end = (void *)(long)ctx->data_end;
-    u32 flow;
     u16 port, address, both;
     u32 sum;
 
@@ -55,7 +70,6 @@ static inline __attribute__((always_inline)) int make(struct xdp_md *ctx, unsign
 #pragma unroll
     for (int i = 0; i < HEADERS; i++)
         data[i] = template[i];
-    flow = flows > 1 ? random_u32() % flows : 0;
     port = 1024 + (flow & 0x7fff);
     address = 1 + (flow >> 15);
     data[ETH_LEN + 4] = ~(address >> 8);
@@ -69,22 +83,57 @@ static inline __attribute__((always_inline)) int make(struct xdp_md *ctx, unsign
     data[URGENT] = both >> 8;
     data[URGENT + 1] = both;
     if (flags != ACK)
-        change_flags(data, ACK, flags);
+        change(data, FLAGS, flags);
     return XDP_TX;
+}
+
+static inline __attribute__((always_inline)) u32 any_flow(void)
+{
+    return flows > 1 ? random_u32() % flows : 0;
 }
 
 // An ACK of an established connection.
 SEC("xdp")
 int generate(struct xdp_md *ctx)
 {
-    return make(ctx, ACK);
+    return make(ctx, any_flow(), ACK);
 }
 
 // A connection's first segment.
 SEC("xdp")
 int generate_first(struct xdp_md *ctx)
 {
-    return make(ctx, SYN);
+    return make(ctx, any_flow(), SYN);
+}
+
+// One connection after the other, each by a SYN, an ACK, and an RST, `LAG` connections apart: the template's sequence number,
+// 1, is that of the SYN.
+SEC("xdp")
+int generate_connections(struct xdp_md *ctx)
+{
+    unsigned char *data = (void *)(long)ctx->data;
+    unsigned char *end = (void *)(long)ctx->data_end;
+    u32 zero = 0, step;
+    u64 *n = map_lookup(&begun, &zero);
+    u64 i;
+
+    if (!n)
+        return XDP_ABORTED;
+    step = *n % 3;
+    i = *n / 3 + 2 * LAG;
+    *n += 1;
+    if (make(ctx, (i - step * LAG) % flows, step == 0 ? SYN : step == 1 ? ACK : RST | ACK) != XDP_TX)
+        return XDP_ABORTED;
+    // For the verifier, which has lost sight of it.
+    data = (void *)(long)ctx->data;
+    end = (void *)(long)ctx->data_end;
+    if (data + HEADERS > end)
+        return XDP_ABORTED;
+    if (step) {
+        change(data, SEQUENCE + 3, 2);
+        change(data, ACKNOWLEDGED + 3, 2);
+    }
+    return XDP_TX;
 }
 
 // Changes two runs of bytes for one another.
@@ -103,17 +152,26 @@ int count(struct xdp_md *ctx)
 {
     unsigned char *data = (void *)(long)ctx->data;
     unsigned char *end = (void *)(long)ctx->data_end;
-    u32 zero = 0;
-    u64 *n = map_lookup(&counted, &zero);
+    u32 which = 0;
+    u64 *n = map_lookup(&counted, &which);
 
     if (n)
         *n += 1;
-    if (data + HEADERS > end || data[FLAGS] != SYN)
+    if (data + HEADERS > end)
+        return XDP_DROP;
+    if (data[FLAGS] == ACK) {
+        which = 1;
+        n = map_lookup(&counted, &which);
+        if (n)
+            *n += 1;
+    }
+    if (data[FLAGS] != SYN || !answered)
         return XDP_DROP;
     EXCHANGE(data, data + 6, 6);
     EXCHANGE(data + SOURCE, data + SOURCE + 4, 4);
     EXCHANGE(data + PORTS, data + PORTS + 2, 2);
-    change_flags(data, SYN, SYN | ACK);
+    change(data, FLAGS, SYN | ACK);
+    change(data, ACKNOWLEDGED + 3, 2);
     return XDP_TX;
 }
 

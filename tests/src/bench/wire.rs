@@ -1,4 +1,4 @@
-//! Packets per second through a data path: frames made in the kernel, sent over one veth pair, counted where they come back.
+//! Packets and connections per second through a data path: frames made in the kernel, sent over one veth pair, counted where they come back.
 //!
 //! The generator is an XDP program run by `BPF_PROG_TEST_RUN` with `BPF_F_TEST_XDP_LIVE_FRAMES` (kernel
 //! `Documentation/bpf/bpf_prog_run.rst`): what it passes to `XDP_TX` leaves by the interface as if it had come in there. It
@@ -32,7 +32,10 @@ const GENERATOR: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 10));
 const BALANCER: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 const BACKEND: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 11));
 const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 100);
+/// Enough ports for every connection of a run: [`BACKENDS`] times as many as one has.
 const SNAT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 150));
+/// Servers of connections that are new; those that are established need one.
+const BACKENDS: u8 = 64;
 /// Sources of the flows, the lower half filled in by the generator: the range for benchmarks (RFC 2544 appendix C.2.2).
 const CLIENTS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 const PORT: u16 = 80;
@@ -45,6 +48,27 @@ const BURST: u32 = 1 << 19;
 /// Frames of a burst that flows are warmed up with, and how many such bursts: of 10 000 flows 1 in 1000 is missed.
 const WARM_BURST: u32 = 1 << 10;
 const WARM_UP: u32 = 64;
+
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// Acknowledgements of so many established connections (1..=2^31), in no order.
+    Established(u32),
+    /// Connections, each begun, answered, acknowledged and reset. Those of a run are all different for a lane. The kernel's table
+    /// has a limit for the whole machine, which is not a benchmark's to raise: there the same addresses and ports come again, and
+    /// as a connection that was reset is none any more, it makes a new record of each.
+    Connections,
+}
+
+impl Load {
+    fn flows(self, way: Way) -> u32 {
+        match self {
+            Load::Established(flows) => flows,
+            Load::Connections if way == Way::Nftables => 1 << 17,
+            Load::Connections => 1 << 22,
+        }
+    }
+}
 
 /// A data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +89,11 @@ impl Way {
             ways.extend([Mode::Dsr, Mode::Nat, Mode::NatTransparent].map(|mode| Way::Lane(kind, mode)));
         }
         ways
+    }
+
+    /// Whether servers answer clients without it.
+    fn answers_straight(self) -> bool {
+        matches!(self, Way::Lane(_, Mode::Dsr))
     }
 
     /// Name in the results.
@@ -89,28 +118,41 @@ pub struct Wire {
     lab: Lab,
     programs: Ebpf,
     lane: Option<(SharedLane, Renewer)>,
+    load: Load,
     opened: bool,
 }
 
 impl Wire {
-    /// Builds it for `flows` flows (1..=2^31) of established TCP.
+    /// Builds it.
     ///
     /// # Errors
     /// Missing privileges or tools, or a refusal of the kernel.
-    pub fn build(way: Way, flows: u32) -> Result<Wire> {
+    pub fn build(way: Way, load: Load) -> Result<Wire> {
         let lab = Lab::build(&topology()).context("build the network namespaces")?;
         let (generator, balancer) = (lab.host("gen"), lab.host("lb"));
-        balancer.set_neighbour(CABLE, BACKEND, generator.on(CABLE).mac)?;
+        let backends = match load {
+            Load::Established(_) => vec![BACKEND],
+            Load::Connections => (0..BACKENDS).map(|n| Ipv4Addr::new(192, 0, 2, 11 + n).into()).collect(),
+        };
+        for backend in &backends {
+            balancer.set_neighbour(CABLE, *backend, generator.on(CABLE).mac)?;
+        }
         balancer.set_neighbour(CABLE, GENERATOR, generator.on(CABLE).mac)?;
         let template = template(generator.on(CABLE).mac, balancer.on(CABLE).mac);
         let mut programs = EbpfLoader::new()
             .override_global("template", &template, true)
-            .override_global("flows", &flows, true)
+            .override_global("flows", &load.flows(way), true)
+            .override_global(
+                "answered",
+                &u32::from(load != Load::Connections || !way.answers_straight()),
+                true,
+            )
             .load(OBJECT)
             .context("load the generator")?;
         attach(&mut programs, "count", generator)?;
-        load(&mut programs, "generate")?;
-        load(&mut programs, "generate_first")?;
+        for name in ["generate", "generate_first", "generate_connections"] {
+            loaded(&mut programs, name)?;
+        }
         let lane = match way {
             Way::Reflector => {
                 attach(&mut programs, "reflect", balancer)?;
@@ -140,25 +182,29 @@ impl Wire {
                     .run(|| komainu_packet::lane::start(kind, AfPacketConfig::new("eth0", None)))
                     .with_context(|| format!("start the lane {}", kind.as_str()))?;
                 let mut plan = lane::plan(1, &[VIP.into()], &[], &[SNAT]);
-                lane::add_service(&mut plan, VIP.into(), PORT, Protocol::Tcp, mode, &[BACKEND]);
+                lane::add_service(&mut plan, VIP.into(), PORT, Protocol::Tcp, mode, &backends);
                 lane.install(plan)?;
                 let renewer = Renewer::start(Arc::clone(&lane));
                 Some((lane, renewer))
             }
         };
-        Ok(Wire { lab, programs, lane, opened: false })
+        Ok(Wire { lab, programs, lane, load, opened: false })
     }
 
-    /// Sends for `time` and says how many packets came through each second.
+    /// Sends for `time` and says how much came through each second: packets, or connections whose acknowledgement did.
     ///
     /// # Errors
     /// The kernel refuses to generate, or nothing comes through.
-    pub fn packets_per_second(&mut self, time: Duration) -> Result<f64> {
-        let program = generator(&self.programs, "generate")?;
+    pub fn per_second(&mut self, time: Duration) -> Result<f64> {
+        let (name, count) = match self.load {
+            Load::Established(_) => ("generate", 0),
+            Load::Connections => ("generate_connections", 1),
+        };
+        let program = generator(&self.programs, name)?;
         let interface = self.lab.host("gen").on(CABLE).index;
         let counted = || -> Result<u64> {
             let map = self.programs.map("counted").context("no counter")?;
-            Ok(PerCpuArray::<_, u64>::try_from(map)?.get(&0, 0)?.iter().sum())
+            Ok(PerCpuArray::<_, u64>::try_from(map)?.get(&count, 0)?.iter().sum())
         };
         let run = |time: Duration| {
             self.lab.host("gen").run(move || -> Result<Duration> {
@@ -173,19 +219,21 @@ impl Wire {
                 Ok(start.elapsed())
             })
         };
-        if !self.opened {
-            self.warm_up(generator(&self.programs, "generate_first")?, interface)?;
+        if self.load != Load::Connections {
+            if !self.opened {
+                self.warm_up(generator(&self.programs, "generate_first")?, interface)?;
+            }
+            self.warm_up(program, interface)?;
         }
-        self.warm_up(program, interface)?;
         let before = counted()?;
         let took = run(time)?;
-        let packets = counted()? - before;
+        let came = counted()? - before;
         self.opened = true;
-        if packets == 0 {
+        if came == 0 {
             let counters = self.lane.as_ref().map(|(lane, _)| lane.counters());
             bail!("nothing comes through: {counters:?}");
         }
-        Ok(packets as f64 / took.as_secs_f64())
+        Ok(came as f64 / took.as_secs_f64())
     }
 
     /// Every flow a few times, slowly enough for a lane that takes a flow's first packets up to user space.
@@ -213,14 +261,14 @@ fn generator<'a>(programs: &'a Ebpf, name: &str) -> Result<BorrowedFd<'a>> {
     Ok(program.fd()?.as_fd())
 }
 
-fn load<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
+fn loaded<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
     let program: &mut Xdp = programs.program_mut(name).context("no such program")?.try_into()?;
     program.load().with_context(|| format!("load the program {name}"))?;
     Ok(program)
 }
 
 fn attach(programs: &mut Ebpf, name: &str, host: &Host) -> Result<()> {
-    let program = load(programs, name)?;
+    let program = loaded(programs, name)?;
     let index = host.on(CABLE).index;
     host.run(|| program.attach_to_if_index(index, XdpMode::Driver))
         .with_context(|| format!("attach the program {name} in {}", host.name()))?;

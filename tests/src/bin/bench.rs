@@ -15,7 +15,7 @@ use komainu_packet::lane::af_packet::{AfPacketConfig, DEFAULT_RING_SLOTS};
 use komainu_tests::bench::measure::Metric;
 use komainu_tests::bench::paths::{Stage, large_plan};
 use komainu_tests::bench::report::{self, Line};
-use komainu_tests::bench::wire::{Way, Wire};
+use komainu_tests::bench::wire::{Load, Way, Wire};
 use komainu_tests::bench::{flood, memory, program};
 use komainu_tests::lane::{self, Renewer};
 
@@ -23,7 +23,7 @@ const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--r
   --quick   3 runs of half a second each instead of 5 of one second
   --docs    also write docs/benchmarks.md
   --only    one metric (program_ns, syn_flood_ns, flow_memory, cpu_at_rest, tcp_bulk, tcp_bulk_back, udp_packets,
-            tcp_connections, wire_packets) or, from tcp_bulk on, one line of the results; writes nothing
+            tcp_connections, wire_packets, wire_connections) or, from tcp_bulk on, one line of the results; writes nothing
   --runs    rounds
   --ms      milliseconds a run
   --slots   slots of each of the lane's receive rings";
@@ -32,10 +32,11 @@ const LARGE_PLAN: (u16, u16) = (1000, 100);
 /// Names of [`alone`] in the results.
 const PLAN_METRIC: &str = "plan_change";
 const REST_METRIC: &str = "cpu_at_rest";
-/// Name of [`wire_packets`] in the results.
-const WIRE_METRIC: &str = "wire_packets";
-/// Flows of the packets that the kernel generates.
-const WIRE_FLOWS: u32 = 10_000;
+/// What the kernel generates: name in the results, load, unit and how many make one of it.
+const WIRE: [(&str, Load, &str, f64); 2] = [
+    ("wire_packets", Load::Established(10_000), "Mpps", 1e6),
+    ("wire_connections", Load::Connections, "connections/s", 1.0),
+];
 /// Time over which the lane is watched at rest.
 const REST: Duration = Duration::from_secs(3);
 
@@ -110,9 +111,11 @@ fn run(options: &Options) -> Result<()> {
             lane.stop();
         }
     }
-    if options.only.as_deref().is_none_or(|only| only.starts_with(WIRE_METRIC)) {
-        tell("packets per second on the wire");
-        lines.extend(wire_packets(options)?);
+    for (metric, load, unit, one) in WIRE {
+        if options.only.as_deref().is_none_or(|only| only.starts_with(metric)) {
+            tell(metric);
+            lines.extend(wire(options, metric, load, unit, one)?);
+        }
     }
     print!("{}", report::table(&lines));
     if options.only.is_none() {
@@ -200,21 +203,23 @@ fn alone(options: &Options) -> Result<Vec<Line>> {
     Ok(rest)
 }
 
-/// Packets per second through each data path, from a generator in the kernel.
-fn wire_packets(options: &Options) -> Result<Vec<Line>> {
-    let full = |name: &str| format!("{WIRE_METRIC}/{name}");
+/// Packets or connections per second through each data path, from a generator in the kernel.
+fn wire(options: &Options, metric: &str, load: Load, unit: &'static str, one: f64) -> Result<Vec<Line>> {
+    let full = |name: &str| format!("{metric}/{name}");
     let wanted = |way: &Way| match &options.only {
-        Some(only) => *only == WIRE_METRIC || *only == full(&way.name()),
+        // What reflects makes no connections.
+        _ if load == Load::Connections && *way == Way::Reflector => false,
+        Some(only) => *only == metric || *only == full(&way.name()),
         None => true,
     };
     let mut wires = Vec::new();
     for way in Way::all().into_iter().filter(wanted) {
-        wires.push((way, Wire::build(way, WIRE_FLOWS).with_context(|| full(&way.name()))?, Vec::new()));
+        wires.push((way, Wire::build(way, load).with_context(|| full(&way.name()))?, Vec::new()));
     }
     for _ in 0..options.runs {
         for (way, wire, values) in &mut wires {
-            let rate = wire.packets_per_second(options.time).with_context(|| full(&way.name()))?;
-            values.push(rate / 1e6);
+            let rate = wire.per_second(options.time).with_context(|| full(&way.name()))?;
+            values.push(rate / one);
         }
     }
     let values = |name: &str| wires.iter().find(|(way, ..)| way.name() == name).map(|(.., values)| values);
@@ -223,11 +228,11 @@ fn wire_packets(options: &Options) -> Result<Vec<Line>> {
         let mut peers = vec![Way::Reflector.name(), Way::Nftables.name()];
         peers.retain(|p| *p != way.name() && values(p).is_some());
         if peers.is_empty() {
-            lines.push(Line::new(full(&way.name()), "Mpps", ours, None));
+            lines.push(Line::new(full(&way.name()), unit, ours, None));
         }
         for peer in peers {
             let theirs = values(&peer).map(|theirs| (full(&peer), theirs.as_slice()));
-            lines.push(Line::new(full(&way.name()), "Mpps", ours, theirs));
+            lines.push(Line::new(full(&way.name()), unit, ours, theirs));
         }
     }
     Ok(lines)
