@@ -4,9 +4,10 @@
  * sizes and offsets are asserted below, and a test compares both sides by the objects' BTF.
  *
  * Who writes what:
- *   user space only   config, generation, slots, backends, services, filters, leases, routes, neighbours, host; flows and bound (their
- *                     entries and everything in them but `last_seen`)
- *   the program only  traffic, tally, seen; `last_seen` of flows and bound
+ *   user space only   config, generation, slots, backends, services, filters, leases, routes, neighbours, host, grants; it alone takes
+ *                     entries out of flows and bound
+ *   the program only  traffic, tally, seen, news; `last_seen` of flows and bound
+ *   both              entries of flows and bound: user space any, the program those of kept flows (FLOW_KEPT)
  *
  * Words that are read while they may be written are 8 bytes long and aligned, so that no reader sees half of one.
  * Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6. Ports are in network order.
@@ -76,6 +77,10 @@ struct config {
 /* There are nat-transparent services of that family. */
 #define CONFIG_THROUGH_V4 2u
 #define CONFIG_THROUGH_V6 4u
+/* The tables of flows are being replaced: nothing but `last_seen` is written into them. */
+#define CONFIG_FROZEN 8u
+/* User space sleeps until it is woken: the next piece of news wakes it. */
+#define CONFIG_WAKE 16u
 
 /* What a place of a plan is. */
 #define KIND_SERVICE 0 /* VIP, port, protocol */
@@ -104,6 +109,8 @@ struct place {
 #define RECORD_KEEP 0x0008
 /* Everything for this service goes up. */
 #define RECORD_UP 0x0010
+/* Full NAT over TCP whose new flows are made here: make.h. */
+#define RECORD_MAKES 0x0020
 /* Of an owned address: clients use it, backends route through it, it is a source of full NAT. */
 #define RECORD_VIP 0x0100
 #define RECORD_INSIDE 0x0200
@@ -128,7 +135,13 @@ struct record {
     u8 vip[16];
     u16 vip_port;
     u16 reserved0;
-    u32 reserved[3];
+    /* The service's cluster-wide number. */
+    u32 id;
+    /* A closing flow that was silent for so long in ns is not opened again here: user space may be about to forget it. */
+    u64 reopen;
+    /* The one SNAT address of a service with RECORD_MAKES. */
+    u8 snat[16];
+    u64 reserved[2];
 };
 
 /* A cell of the plan's table: a place is found at the cell that its hash names or, where others stand there, behind them without a
@@ -138,7 +151,6 @@ struct place_entry {
     u32 used;
     u64 reserved0;
     struct record record;
-    u64 reserved[4];
 };
 #define PLACE_PROBES 16
 
@@ -176,7 +188,10 @@ struct backend {
     u8 flags;
     u8 reserved0;
     u32 service;
-    u64 reserved[4];
+    /* Its cluster-wide number. */
+    u32 id;
+    u32 reserved1;
+    u64 reserved[3];
 };
 
 #define SERVICE_IN_PLAN 1u
@@ -227,14 +242,53 @@ struct flow_key {
 #define FLOW_STEADY 0x01
 /* The backend knows it by a SNAT address and port. */
 #define FLOW_BOUND 0x02
+/* Its state is kept here: make.h. */
+#define FLOW_KEPT 0x04
+/* Above them: counts the changes of its state. */
+#define FLOW_VERSION_SHIFT 3
 
 struct flow {
     u64 last_seen;
     u32 backend;
+    /* These three are one word, which changes as a whole. */
     u8 flags;
-    u8 reserved;
+    /* Of a kept flow its state: state.h. */
+    u8 progress;
     u16 snat_port;
     u8 snat[16];
+};
+
+/* SNAT ports that flows are given here; engine/nat.rs has the same. */
+#define SNAT_PORT_MIN 1024u
+#define SNAT_PORT_UPPER 49152u
+
+/* How many flows a processor may have made since the program was loaded. */
+struct grant {
+    u64 most;
+    u64 reserved[7];
+};
+
+/* A flow was made, in the place of a closing one of the same name if there was one; or its state has changed. */
+#define NEWS_OPENED 0
+#define NEWS_CHANGED 1
+
+/* Size of the ring `news`: some 58 000 pieces. */
+#define NEWS_BYTES (1 << 22)
+
+/* What happened to a kept flow, in that ring. */
+struct news {
+    struct flow_key flow;
+    u64 now;
+    u32 backend;
+    /* As the flow has them now. */
+    u8 flags;
+    u8 progress;
+    u16 snat_port;
+    u8 snat[16];
+    /* Processor. */
+    u32 cpu;
+    /* NEWS_* */
+    u32 kind;
 };
 
 /* A flow's name as its backend's answers carry it. */
@@ -307,7 +361,9 @@ struct tally {
     u64 events[TALLY_EVENTS];
     u64 drops[TALLY_DROPS];
     u64 up[TALLY_UP];
-    u64 reserved[24];
+    /* Flows made. */
+    u64 made;
+    u64 reserved[23];
 };
 
 #define CHECK_SIZE(type, size) _Static_assert(sizeof(struct type) == (size), "size of " #type)
@@ -316,11 +372,12 @@ CHECK_SIZE(port, 32);
 CHECK_SIZE(config, 128);
 CHECK_OFFSET(config, slack, 80);
 CHECK_SIZE(place, 20);
-CHECK_SIZE(record, 64);
+CHECK_SIZE(record, 96);
 CHECK_SIZE(place_entry, 128);
 CHECK_OFFSET(place_entry, record, 32);
 CHECK_OFFSET(record, current, 16);
 CHECK_OFFSET(record, vip, 32);
+CHECK_OFFSET(record, reopen, 56);
 CHECK_SIZE(slot_line, 64);
 CHECK_SIZE(backend, 64);
 CHECK_OFFSET(backend, port, 24);
@@ -331,6 +388,7 @@ CHECK_SIZE(filter_line, 64);
 CHECK_SIZE(lease, 64);
 CHECK_SIZE(flow_key, 24);
 CHECK_SIZE(flow, 32);
+CHECK_OFFSET(flow, flags, 12);
 CHECK_OFFSET(flow, snat_port, 14);
 CHECK_SIZE(bound_key, 40);
 CHECK_SIZE(bound, 40);
@@ -341,5 +399,7 @@ CHECK_SIZE(traffic, 64);
 CHECK_SIZE(seen, 528);
 CHECK_SIZE(clock, 64);
 CHECK_SIZE(tally, 1024);
+CHECK_SIZE(grant, 64);
+CHECK_SIZE(news, 64);
 
 #endif

@@ -3,8 +3,16 @@
 #ifndef KOMAINU_FORWARD_H
 #define KOMAINU_FORWARD_H
 
+#include "make.h"
 #include "rewrite.h"
-#include "select.h"
+
+/* What becomes of a packet's flow besides `last_seen`. */
+enum deed {
+    DEED_NONE,
+    DEED_MAKE,   /* there is none, and it is made */
+    DEED_REOPEN, /* it was closing, and begins anew */
+    DEED_CHANGE, /* its state may change */
+};
 
 /* A packet of a client to a service. */
 INLINE int forward_request(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, const struct record *r)
@@ -20,10 +28,14 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
 
     struct flow *f = 0;
     u32 number, hash = 0;
+    enum deed deed = DEED_NONE;
     if (r->flags & RECORD_TRACKS_ALL) {
         f = find_flow(r->service, p->src, p->src_port);
-        if (!f)
-            return up(ctx, in, UP_FLOW);
+        if (!f) {
+            if (!(r->flags & RECORD_MAKES) || !is_syn(p))
+                return up(ctx, in, UP_FLOW);
+            deed = DEED_MAKE;
+        }
     } else {
         hash = hash_flow(HASH_SEED, v6, p->src, p->src_port, p->dst, p->dst_port, p->protocol);
         if (p->protocol == PROTO_TCP) {
@@ -40,17 +52,24 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
         }
     }
     if (f) {
-        if (!is_plain(p))
-            return up(ctx, in, UP_SEGMENT);
-        if (!(f->flags & FLOW_STEADY))
-            return up(ctx, in, UP_UNSTEADY);
+        u32 word = READ_ONCE(*word_of(f));
         number = f->backend;
-    } else {
+        if (unlikely(!is_plain(p) || !(word & FLOW_STEADY))) {
+            if (!(word & FLOW_KEPT))
+                return up(ctx, in, is_plain(p) ? UP_UNSTEADY : UP_SEGMENT);
+            deed = is_syn(p) && reopens(WORD_PROGRESS(word)) ? DEED_REOPEN : DEED_CHANGE;
+        }
+    }
+    if (!f || deed == DEED_REOPEN) {
+        if (deed)
+            hash = hash_flow(HASH_SEED, v6, p->src, p->src_port, p->dst, p->dst_port, p->protocol);
         if (r->flags & RECORD_SOURCE_IP)
             hash = hash_client(HASH_SEED, v6, p->src);
         u32 slot = find_slot(r->current, r->current_size, hash);
-        /* A datagram that is not tracked goes where the hash says now. */
-        if (unlikely(slot & SLOT_MOVED) && p->protocol == PROTO_TCP) {
+        if (f && (!(r->flags & RECORD_MAKES) || !(slot & SLOT_ALIVE) || (slot & SLOT_NUMBER) != number + 1))
+            return up(ctx, in, UP_SEGMENT);
+        /* A datagram that is not tracked goes where the hash says now, and so does a flow that is made now. */
+        if (unlikely(slot & SLOT_MOVED) && p->protocol == PROTO_TCP && !deed) {
             u32 base = find_slot(r->base, r->base_size, hash);
             if ((base ^ slot) & SLOT_NUMBER)
                 return up(ctx, in, UP_FLOW);
@@ -66,14 +85,15 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
     struct backend *b = map_lookup(&backends, &number);
     if (!b)
         return up(ctx, in, UP_ROOM);
-    if (f) {
+    if (f && deed != DEED_REOPEN) {
         u8 flags = READ_ONCE(b->flags);
         if (!(flags & BACKEND_IN_PLAN) || !(flags & BACKEND_ALIVE || r->flags & RECORD_KEEP))
             return up(ctx, in, UP_DEAD_BACKEND);
     }
     u64 hop = READ_ONCE(b->hop);
+    /* A flow learns of its packet, although there is no way for it. */
     if (unlikely(!(hop & HOP_KNOWN)))
-        return hop & HOP_NONE ? drop(DROP_NO_ROUTE) : up(ctx, in, UP_NEIGHBOUR);
+        return hop & HOP_NONE && (!f || !deed) ? drop(DROP_NO_ROUTE) : up(ctx, in, UP_NEIGHBOUR);
     if (!routed && unlikely(!(hop & HOP_ON_LINK)))
         return drop(DROP_OFF_LINK);
     u32 out = HOP_PORT(hop);
@@ -91,9 +111,17 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
             return VERDICT_DROP;
     } else {
         struct end src = {}, dst = {(const u32 *)b->address, b->port};
-        if (r->mode == MODE_NAT) {
-            if (!f || !(f->flags & FLOW_BOUND))
+        if (r->mode == MODE_NAT && !f) {
+            u32 port = make_flow(p, r, number, now);
+            if (!port)
+                return up(ctx, in, UP_NOTE);
+            src.address = (const u32 *)r->snat;
+            src.port = (u16)port;
+        } else if (r->mode == MODE_NAT) {
+            if (!(f->flags & FLOW_BOUND))
                 return up(ctx, in, UP_FLOW);
+            if (unlikely(deed) && !(deed == DEED_REOPEN ? reopen_flow(f, p, r, now) : note_request(f, p, r->service, now)))
+                return up(ctx, in, UP_NOTE);
             src.address = (const u32 *)f->snat;
             src.port = f->snat_port;
         }
@@ -104,19 +132,20 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
     }
     if (f)
         note_seen(&f->last_seen, now);
-    else
+    else if (!deed)
         count_seen(number, hash, now);
     passed->packets += size.packets;
     passed->bytes += size.bytes;
-    if (!f && is_syn(p))
+    if (is_syn(p) && (!f || deed == DEED_REOPEN))
         passed->new_flows++;
     count_event(t, EVENT_FORWARDED);
     return leave(c, in, out);
 }
 
-/* A packet from a backend back to its client. The lease has been looked at. */
+/* A packet from a backend back to its client. The lease has been looked at. `changed`: the backend's side of a kept flow whose state the
+ * packet may change. */
 INLINE int forward_answer(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, u32 number, struct end src,
-                          struct end dst, u64 *last_seen, u64 now)
+                          struct end dst, u64 *last_seen, struct bound *changed, u64 now)
 {
     if (unlikely(p->ttl <= 1))
         return up(ctx, in, UP_TTL);
@@ -130,6 +159,8 @@ INLINE int forward_answer(context *ctx, int v6, const struct config *c, struct t
     struct traffic *passed = own_traffic(c, number);
     if (!passed)
         return up(ctx, in, UP_ROOM);
+    if (unlikely(changed) && !note_answer(changed, p, now))
+        return up(ctx, in, UP_NOTE);
 
     u64 own = port_of(c, out)->mac;
     int done = p->protocol == PROTO_TCP ? rewrite_ends(ctx, v6, 1, src, dst, hop, own)
@@ -171,12 +202,15 @@ INLINE int answer_bound(context *ctx, int v6, const struct config *c, struct tal
         return drop(DROP_NO_SERVICE);
     if (s->group != group && !is_leased(c, t, s->group, 0))
         return drop(DROP_NO_LEASE);
-    if (!is_plain(p))
-        return up(ctx, in, UP_SEGMENT);
-    if (!(b->flags & FLOW_STEADY))
-        return up(ctx, in, UP_UNSTEADY);
+    struct bound *changed = 0;
+    u32 flow_flags = READ_ONCE(b->flags);
+    if (unlikely(!is_plain(p) || !(flow_flags & FLOW_STEADY))) {
+        if (!(flow_flags & FLOW_KEPT))
+            return up(ctx, in, is_plain(p) ? UP_UNSTEADY : UP_SEGMENT);
+        changed = b;
+    }
     struct end src = {(const u32 *)s->vip, s->port}, dst = {(const u32 *)b->client, b->client_port};
-    return forward_answer(ctx, v6, c, t, in, p, b->backend, src, dst, &b->last_seen, now);
+    return forward_answer(ctx, v6, c, t, in, p, b->backend, src, dst, &b->last_seen, changed, now);
 }
 
 /* A packet from a `nat-transparent` backend to a client. */
@@ -207,7 +241,7 @@ INLINE int answer_transparent(context *ctx, int v6, const struct config *c, stru
         }
     }
     struct end src = {(const u32 *)r->vip, r->vip_port}, dst = {};
-    return forward_answer(ctx, v6, c, t, in, p, r->backend, src, dst, last_seen, now);
+    return forward_answer(ctx, v6, c, t, in, p, r->backend, src, dst, last_seen, 0, now);
 }
 
 /* Whether an address is neither the host's own nor one of many: engine/core.rs. */

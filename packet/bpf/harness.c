@@ -7,6 +7,7 @@
  */
 #include "abi.h"
 #include "hash.h"
+#include "state.h"
 
 #define TEMPLATE 96
 
@@ -63,6 +64,13 @@ struct {
     TYPE(key, u32);
     TYPE(value, struct slot_line);
 } slots_layout SEC(".maps");
+
+struct {
+    UINT(type, BPF_MAP_TYPE_ARRAY);
+    UINT(max_entries, 1);
+    TYPE(key, u32);
+    TYPE(value, struct news);
+} news_layout SEC(".maps");
 
 static long (*const tail_call)(void *ctx, void *map, u32 index) = (void *)BPF_FUNC_tail_call;
 
@@ -133,8 +141,12 @@ struct question {
     u32 flow;
     u32 of_client;
     u32 slot;
+    u32 service;
+    u32 backend;
+    u32 snat;
+    u32 reserved;
 };
-_Static_assert(sizeof(struct question) == 64, "size of question");
+_Static_assert(sizeof(struct question) == 80, "size of question");
 
 SEC("xdp.frags")
 int hashes(struct xdp_md *ctx)
@@ -146,12 +158,37 @@ int hashes(struct xdp_md *ctx)
     if (a.v6) {
         a.flow = hash_flow(a.seed, 1, a.client, a.client_port, a.vip, a.port, a.protocol);
         a.of_client = hash_client(a.seed, 1, a.client);
+        a.snat = hash_snat(a.seed, 1, a.client, a.client_port, a.service, a.backend);
     } else {
         a.flow = hash_flow(a.seed, 0, a.client, a.client_port, a.vip, a.port, a.protocol);
         a.of_client = hash_client(a.seed, 0, a.client);
+        a.snat = hash_snat(a.seed, 0, a.client, a.client_port, a.service, a.backend);
     }
     a.slot = hash_scale(a.flow, a.size);
     *q = a;
+    return XDP_TX;
+}
+
+/* A state and a segment's flags, and what becomes of the state. */
+struct step {
+    u32 progress;
+    u32 tcp_flags;
+    u32 to_client;
+    u32 after;
+    u32 steady;
+    u32 reopens;
+};
+
+SEC("xdp.frags")
+int states(struct xdp_md *ctx)
+{
+    struct step *s = (void *)(long)ctx->data;
+    if ((void *)(s + 1) > (void *)(long)ctx->data_end)
+        return XDP_ABORTED;
+    struct step a = *s;
+    s->after = advance(a.progress, segment_of(a.tcp_flags), a.to_client);
+    s->steady = is_steady(a.progress);
+    s->reopens = reopens(a.progress);
     return XDP_TX;
 }
 

@@ -96,6 +96,32 @@ INLINE u32 hash_client(u32 seed, int v6, const u32 *client)
     return mix_last(&m);
 }
 
+/* From which the first candidate for a SNAT port follows; `service` and `backend` are cluster-wide numbers. */
+INLINE u32 hash_snat(u32 seed, int v6, const u32 *client, u16 client_port, u32 service, u32 backend)
+{
+    u32 port = swap16(client_port);
+    if (!v6) {
+        struct mix m = mix_start(4, seed);
+        m.a += swap32(client[3]);
+        m.b += port;
+        m.c += service;
+        mix_round(&m);
+        m.a += backend;
+        return mix_last(&m);
+    }
+    struct mix m = mix_start(7, seed);
+    m.a += swap32(client[0]);
+    m.b += swap32(client[1]);
+    m.c += swap32(client[2]);
+    mix_round(&m);
+    m.a += swap32(client[3]);
+    m.b += port;
+    m.c += service;
+    mix_round(&m);
+    m.a += backend;
+    return mix_last(&m);
+}
+
 /* The cell of a place's table: fill.rs `cell_of`. Nobody outside chooses what stands in the table, and user space looks for a seed
  * that suits it, so little is asked of this hash. `words` are the first, second and last 8 bytes of a key of 20. */
 INLINE u32 hash_place(u32 seed, u32 shift, u64 first, u64 second, u32 last)

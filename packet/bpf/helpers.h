@@ -41,6 +41,11 @@ typedef __u64 u64;
 #define OPAQUE(x) asm volatile("" : "+r"(x))
 
 static void *(*const map_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
+static long (*const map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)BPF_FUNC_map_update_elem;
+static long (*const map_delete)(void *map, const void *key) = (void *)BPF_FUNC_map_delete_elem;
+static void *(*const ring_reserve)(void *ring, u64 size, u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
+static void (*const ring_submit)(void *data, u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
+static void (*const ring_discard)(void *data, u64 flags) = (void *)BPF_FUNC_ringbuf_discard;
 static u64 (*const boot_ns)(void) = (void *)BPF_FUNC_ktime_get_boot_ns;
 static u64 (*const jiffies)(void) = (void *)BPF_FUNC_jiffies64;
 static u32 (*const cpu_id)(void) = (void *)BPF_FUNC_get_smp_processor_id;

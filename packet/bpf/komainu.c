@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
 /*
  * The kernel lanes: for each frame exactly what the engine in user space (`src/engine`) would do, same bytes and same counters, or
- * the frame goes up to it untouched. Nothing is decided here that has to be remembered.
+ * the frame goes up to it untouched. Nothing is decided here that has to be remembered, except for kept flows (make.h).
  *
  *   frame ─┬─ to another MAC, by another interface, tagged ─────────────────────────────▶ pass
  *          ├─ ARP, neighbour solicitation for an address of ours ───────── answer.h ────▶ leave, up

@@ -166,4 +166,19 @@ struct {
     TYPE(value, struct tally);
 } tally SEC(".maps");
 
+/* By processor: how many flows it may make. */
+struct {
+    UINT(type, BPF_MAP_TYPE_ARRAY);
+    UINT(max_entries, 1);
+    UINT(map_flags, BPF_F_MMAPABLE);
+    TYPE(key, u32);
+    TYPE(value, struct grant);
+} grants SEC(".maps");
+
+/* What user space has to learn of flows, in bytes. */
+struct {
+    UINT(type, BPF_MAP_TYPE_RINGBUF);
+    UINT(max_entries, NEWS_BYTES);
+} news SEC(".maps");
+
 #endif

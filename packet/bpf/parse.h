@@ -7,6 +7,7 @@
 #define KOMAINU_PARSE_H
 
 #include "checksum.h"
+#include "state.h"
 #include "verdict.h"
 
 #define ETH_LEN 14
@@ -23,11 +24,6 @@
 #define PROTO_FRAGMENT 44
 #define PROTO_ICMPV6 58
 #define PROTO_DEST_OPTIONS 60
-
-#define TCP_FIN 0x01
-#define TCP_SYN 0x02
-#define TCP_RST 0x04
-#define TCP_ACK 0x10
 
 struct packet {
     /* Addresses as the maps hold them. */

@@ -60,6 +60,7 @@ enum up {
     UP_DEAD_BACKEND,
     UP_ROOM,
     UP_UNREADY,
+    UP_NOTE,
 };
 
 INLINE struct tally *own_tally(void)

@@ -3,16 +3,18 @@
 //!
 //! Everybody stands on one IPv4 network but the clients, which are behind a router. Needs root where there is a hook.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use komainu_packet::checksum::{Sum, checksum};
-use komainu_packet::engine::{Engine, EngineConfig, FrameMut, Port, PortConfig, Verdict, compile};
+use komainu_packet::engine::{Engine, EngineConfig, FrameMut, Passed, Port, PortConfig, Verdict, compile};
 use komainu_packet::lane::kernel::abi::{Hop, LeaseCell};
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
+use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
+use komainu_packet::lane::FlowFilter;
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
 use komainu_packet::plan::{
@@ -36,7 +38,7 @@ const SEGMENT: usize = 64;
 /// See the module.
 pub struct Path {
     engine: Engine,
-    kernel: Option<(Kernel, Filler)>,
+    kernel: Option<(Kernel, Filler, News)>,
     mode: Mode,
     revision: u64,
     up: u64,
@@ -51,6 +53,10 @@ pub enum Flags {
     SynAck = 0x12,
     /// Any later one.
     Ack = 0x10,
+    /// The last of one side.
+    Fin = 0x11,
+    /// The end.
+    Rst = 0x04,
 }
 
 struct Hops;
@@ -82,7 +88,8 @@ impl Path {
         let mut engine = Engine::new(config, leases);
         let kernel = hook.map(|hook| {
             let sizes = Sizes { backends: 512, services: 64, flows: max_flows as u32, ..Sizes::default() };
-            let kernel = Kernel::load(hook, sizes).unwrap_or_else(|e| panic!("{e}"));
+            let mut kernel = Kernel::load(hook, sizes).unwrap_or_else(|e| panic!("{e}"));
+            let news = kernel.take_news().expect("nobody else listens");
             let maps = kernel.maps();
             // Test runs come by interface 1.
             maps.set_port(Port::Service, OWN_MAC, 1, 1500, 2000);
@@ -95,7 +102,7 @@ impl Path {
             assert!(maps.leases().write(GROUP, &lease));
             engine.set_cache(Box::new(Cache::new(Arc::clone(maps))));
             let filler = Filler::new(Arc::clone(maps));
-            (kernel, filler)
+            (kernel, filler, news)
         });
         Path { engine, kernel, mode, revision: 0, up: 0 }
     }
@@ -106,7 +113,7 @@ impl Path {
         let plan = plan(self.revision, self.mode, backends);
         let tables = compile(plan, Some(self.engine.tables())).unwrap();
         self.engine.swap(Arc::new(tables), BootTime::now());
-        if let Some((_, filler)) = &mut self.kernel {
+        if let Some((_, filler, _)) = &mut self.kernel {
             let hop = |address| Hop::of(address, Hops.lookup(address));
             let installed = filler.install(&Snapshot::of(&self.engine), &hop).unwrap();
             assert_eq!(installed.without_room, 0);
@@ -123,15 +130,49 @@ impl Path {
         self.engine.counters(BootTime::now()).flows
     }
 
-    /// The engine does what falls due.
-    pub fn tick(&mut self) {
-        self.engine.tick(BootTime::now());
+    /// The engine does what falls due after so long.
+    pub fn tick_after(&mut self, time: Duration) {
+        let now = BootTime::now().after(time);
+        self.learn();
+        while self.engine.next_deadline().is_some_and(|due| due <= now) {
+            self.engine.tick(now);
+        }
+    }
+
+    fn learn(&mut self) {
+        if let Some((_, _, news)) = &mut self.kernel {
+            news.learn(&mut self.engine, BootTime::now());
+        }
+    }
+
+    /// New flows that were counted, of all backends.
+    pub fn new_flows(&self) -> u64 {
+        let counters = self.engine.counters_with(BootTime::now(), |number| {
+            let traffic = self.kernel.as_ref()?.0.maps().traffic(number);
+            Some(Passed { new_flows: traffic.new_flows, ..Passed::default() })
+        });
+        counters.backends.iter().map(|b| b.new_flows).sum()
+    }
+
+    /// Flows in the program's maps: on the client's side, on the backend's side.
+    pub fn in_maps(&self) -> (usize, usize) {
+        self.kernel.as_ref().map_or((0, 0), |(kernel, ..)| kernel.maps().count_flows().unwrap())
+    }
+
+    /// Every remembered flow's SNAT address and port, with its backend's id.
+    pub fn bindings(&self) -> Vec<(u32, SocketAddr)> {
+        let flows = self.engine.flows(&FlowFilter::default(), usize::MAX, BootTime::now());
+        flows.into_iter().filter_map(|f| Some((f.backend, f.snat?))).collect()
     }
 
     /// The frame as it leaves, if it does.
     fn send(&mut self, frame: &[u8]) -> Option<Vec<u8>> {
-        if let Some((kernel, _)) = &self.kernel {
+        if let Some((kernel, _, news)) = &mut self.kernel {
+            let now = BootTime::now();
+            news.grant(&mut self.engine, now);
             let ran = kernel.test_run(frame, None, 1).unwrap();
+            // As the lane does before it looks at the next frame.
+            news.learn(&mut self.engine, BootTime::now());
             // What leaves has other MAC addresses.
             if ran.frame != frame {
                 return Some(ran.frame);
@@ -156,18 +197,25 @@ impl Path {
         self.request(flow, Flags::Ack).map(|(backend, _)| backend)
     }
 
+    /// The backend answers a client's segment, as it got there, by one with these flags: that, as it gets to the client, if it does.
+    pub fn answer(&mut self, segment_there: &[u8], flags: Flags) -> Option<Vec<u8>> {
+        let s = segment_there;
+        let at = |i: usize| Ipv4Addr::new(s[i], s[i + 1], s[i + 2], s[i + 3]);
+        let port = |i: usize| u16::from_be_bytes([s[i], s[i + 1]]);
+        let (from, to) = ((at(30), port(36)), (at(26), port(34)));
+        let answer = self.send(&segment(from, to, mac_of(from.0.into()), flags))?;
+        assert_eq!(answer[..6], ROUTER_MAC);
+        Some(answer)
+    }
+
     /// A connection is made, by three segments. Its backend.
     pub fn connect(&mut self, flow: u32) -> u8 {
         let (backend, syn) =
             self.request(flow, Flags::Syn).unwrap_or_else(|| panic!("flow {flow} is refused"));
         // In `dsr` the answer goes its own way.
         if self.mode != Mode::Dsr {
-            let at = |i: usize| Ipv4Addr::new(syn[i], syn[i + 1], syn[i + 2], syn[i + 3]);
-            let port = |i: usize| u16::from_be_bytes([syn[i], syn[i + 1]]);
-            let (from, to) = ((at(30), port(36)), (at(26), port(34)));
-            let answer = self.send(&segment(from, to, mac_of(from.0.into()), Flags::SynAck));
+            let answer = self.answer(&syn, Flags::SynAck);
             let answer = answer.unwrap_or_else(|| panic!("the answer of flow {flow} is lost"));
-            assert_eq!(answer[..6], ROUTER_MAC);
             assert_eq!(answer[30..34], client(flow).0.octets());
         }
         assert_eq!(self.next(flow), Some(backend), "flow {flow} moves while it is made");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use komainu_lab::topology::{SERVICE, addr};
 use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::af_packet::AfPacketConfig;
-use komainu_packet::lane::{LaneKind, SharedLane};
+use komainu_packet::lane::{FlowFilter, LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Plan, Protocol};
 use komainu_tests::lane::{self, GROUP, Renewer};
 
@@ -184,6 +184,81 @@ fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family(kind: LaneKi
     }
 }
 
+/// An echo server that serves connections until its listener's last connection said so.
+fn echo(listener: TcpListener) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut byte = [0];
+            match stream.read(&mut byte) {
+                Ok(1) if byte == [END] => return,
+                Ok(1) => stream.write_all(&byte).unwrap(),
+                // A probe that said nothing.
+                _ => {}
+            }
+            // The client ends it, and its end is waited for.
+            let _ = stream.read(&mut byte);
+        }
+    })
+}
+
+const END: u8 = 0xff;
+
+/// Guards the program's making of flows: through user space a connection of full NAT cost four frames.
+fn connections_of_full_nat_are_made_and_ended_in_the_kernel(kind: LaneKind) {
+    const CONNECTIONS: usize = 300;
+    let stage = Stage::build(kind);
+    let count = |names: &[&str]| {
+        let counters = stage.lane.counters();
+        counters.events.iter().filter(|(n, _)| names.contains(n)).map(|(_, n)| *n).sum::<u64>()
+    };
+    for family in 0..2 {
+        let (host, at) = listen(Mode::Nat, family);
+        let listener = stage.lab.host(host).run(|| TcpListener::bind((at, port(TCP, Mode::Nat)))).unwrap();
+        let server = echo(listener);
+        let exchange = |byte: u8| {
+            let mut stream = stage.connect(Mode::Nat, family);
+            stream.write_all(&[byte]).unwrap();
+            let mut back = [0];
+            let n = stream.read(&mut back).unwrap();
+            (n, back[0], stream.local_addr().unwrap())
+        };
+        // The first one may wait for neighbours.
+        assert_eq!(exchange(1).0, 1);
+        let ups = ["up_flow", "up_segment", "up_unsteady", "up_note", "up_neighbour"];
+        let before = count(&ups);
+        let clients: Vec<SocketAddr> = (0..CONNECTIONS)
+            .map(|n| {
+                let (length, byte, client) = exchange(n as u8 & 0x7f);
+                assert_eq!((length, byte), (1, n as u8 & 0x7f));
+                client
+            })
+            .collect();
+        if kind != LaneKind::AfPacket {
+            let up = count(&ups) - before;
+            // A neighbour may have to be confirmed meanwhile, and clients may use a port again.
+            assert!(up < CONNECTIONS as u64 / 20, "{up} frames of {CONNECTIONS} connections went up");
+        }
+        // The engine knows each, with a port of its own.
+        let flows = stage.lane.flows(&FlowFilter::default(), 10_000);
+        let mut ports = std::collections::BTreeSet::new();
+        for client in clients {
+            let flow = flows.iter().find(|f| f.client == client);
+            let flow = flow.unwrap_or_else(|| panic!("{client} is not in the list"));
+            assert!(ports.insert(flow.snat), "{:?} twice", flow.snat);
+        }
+        exchange(END);
+        server.join().unwrap();
+    }
+    // They end by themselves, and nothing is left.
+    let start = Instant::now();
+    while stage.lane.counters().flows > 0 {
+        assert!(start.elapsed() < PATIENCE, "{} flows are left", stage.lane.counters().flows);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 fn the_first_datagram_of_a_fresh_client_is_answered(kind: LaneKind) {
     let stage = Stage::build(kind);
     for (i, mode) in MODES.into_iter().enumerate() {
@@ -243,6 +318,7 @@ fn a_plan_that_drops_a_service_is_in_force_when_install_returns(kind: LaneKind) 
 
 komainu_tests::on_every_lane!(
     a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family,
+    connections_of_full_nat_are_made_and_ended_in_the_kernel,
     the_first_datagram_of_a_fresh_client_is_answered,
     a_plan_that_drops_a_service_is_in_force_when_install_returns,
 );

@@ -3,15 +3,17 @@
 //!
 //! A flow is *steady* when a plain segment or datagram of either side changes nothing of it but the time of its last packet.
 //! Packets of flows that are not, and every SYN, FIN and RST of those that are, remain the engine's: it alone decides about
-//! states.
+//! states. Except for *kept* flows ([`FlowCache::keeps`]): those the program makes itself and takes through their states, and the engine
+//! follows (`kept`).
 
 use std::time::Duration;
 
-use crate::flow::{Direction, Flow, FlowId, Segment};
+use crate::flow::{BackendSide, ClientSide, Direction, Flow, FlowId, Segment, Touched};
 use crate::time::BootTime;
 
 use super::Engine;
 use super::core::Core;
+use super::nat::is_lower;
 use super::sketch::Sketch;
 use super::state::States;
 
@@ -21,9 +23,36 @@ pub trait FlowCache: Send {
     /// the packet that did it.
     fn remember(&mut self, flow: &Flow, hash: u32);
 
-    /// A remembered flow has become steady or ceased to be ([`Flow::is_steady`]). Called before the verdict about the packet that
-    /// did it.
+    /// A remembered flow has become steady or ceased to be ([`Flow::is_steady`]); of a kept one: anything of its state has changed.
+    /// Called before the verdict about the packet that did it.
     fn change(&mut self, flow: &Flow);
+
+    /// Whether the program keeps the state of such a flow itself: then it has every such flow, steady or not.
+    fn keeps(&self, _flow: &Flow) -> bool {
+        false
+    }
+
+    /// Takes a name on the backend's side for a flow that is about to be remembered. Asked where the program gives such names
+    /// away itself.
+    fn reserve(&mut self, _name: &BackendSide) -> Reservation {
+        Reservation::Made
+    }
+
+    /// Gives a reserved name back.
+    fn release(&mut self, _name: &BackendSide) {}
+
+    /// A flow that the program has made is remembered: it has it already.
+    fn made(&mut self, flow: &Flow, hash: u32) {
+        self.remember(flow, hash);
+    }
+
+    /// A flow is forgotten because the program has made another one of the same names: it stays there.
+    fn replaced(&mut self, flow: &Flow, hash: u32) {
+        self.forget(flow, hash);
+    }
+
+    /// A flow that the program has made can't be remembered.
+    fn refuse(&mut self, _client: &ClientSide, _backend: &BackendSide) {}
 
     /// A remembered flow is forgotten.
     fn forget(&mut self, flow: &Flow, hash: u32);
@@ -34,6 +63,22 @@ pub trait FlowCache: Send {
     /// Whether the service with that number has remembered flows at all. `true` comes before the first
     /// [`FlowCache::remember`] of such a flow, `false` after the last [`FlowCache::forget`].
     fn consult(&mut self, service: u32, consult: bool);
+}
+
+/// Whether a name could be reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reservation {
+    /// It is the engine's.
+    Made,
+    /// The program has given it to a flow that the engine will learn of.
+    Taken,
+    /// Nothing can be reserved now.
+    NoRoom,
+}
+
+/// When the last packet of a flow passed without the engine, where some may have.
+pub(crate) fn seen_beside(cache: &dyn FlowCache, flow: &Flow) -> Option<BootTime> {
+    if flow.is_steady() || cache.keeps(flow) { cache.last_seen(flow) } else { None }
 }
 
 /// What passed a backend without the engine.
@@ -55,6 +100,15 @@ pub struct Passed {
 
 pub use super::sketch::{REGISTERS, Windows};
 
+fn has_lower_port(flow: &Flow) -> bool {
+    flow.bound_port().is_some_and(|(protocol, port)| is_lower(protocol, port))
+}
+
+/// Whether it counts towards [`super::nat::MAX_HALF_OPEN`].
+pub(super) fn is_half_open(flow: &Flow) -> bool {
+    !flow.is_answered() && has_lower_port(flow)
+}
+
 impl Core {
     /// Takes note of a packet of a remembered flow.
     #[inline]
@@ -67,15 +121,27 @@ impl Core {
         now: BootTime,
     ) {
         let touched = self.flows.touch(id, segment, direction, idle, now);
+        if let Some(cache) = &mut self.cache
+            && touched.changes()
+        {
+            let flow = self.flows.get(id);
+            if touched.changes_steadiness() || cache.keeps(flow) {
+                cache.change(flow);
+            }
+        }
+        self.touched(id, &touched);
+    }
+
+    /// Counts and tells what a packet did to a flow.
+    #[inline]
+    pub(super) fn touched(&mut self, id: FlowId, touched: &Touched) {
         let flow = self.flows.get(id);
         let (before, after) = touched.states();
         self.states.moved(flow.backend, before, after);
-        if let Some(cache) = &mut self.cache
-            && touched.changes_steadiness()
-        {
-            cache.change(flow);
+        if touched.answers() && has_lower_port(flow) {
+            self.half_open = self.half_open.saturating_sub(1);
         }
-        self.tell_touched(id, &touched);
+        self.tell_touched(id, touched);
     }
 
     /// Notes a flow that was just remembered.
@@ -86,13 +152,20 @@ impl Core {
 
     /// Notes a flow that was just remembered, and tells nobody.
     pub(crate) fn learn(&mut self, id: FlowId) {
+        self.learn_as(id, false);
+    }
+
+    /// The same; `made`: the program has made it.
+    pub(super) fn learn_as(&mut self, id: FlowId, made: bool) {
         let flow = self.flows.get(id);
         self.states.remembered(flow);
+        self.half_open += u32::from(is_half_open(flow));
         if let Some(cache) = &mut self.cache {
             if self.states.service(flow.service()).remembered == 1 {
                 cache.consult(flow.service(), true);
             }
-            cache.remember(flow, self.states.flow_hash(flow));
+            let hash = self.states.flow_hash(flow);
+            if made { cache.made(flow, hash) } else { cache.remember(flow, hash) }
         }
     }
 
@@ -104,9 +177,16 @@ impl Core {
 
     /// Notes a flow that was just forgotten, and tells nobody.
     pub(crate) fn unlearn(&mut self, flow: &Flow) {
+        self.unlearn_as(flow, false);
+    }
+
+    /// The same; `replaced`: the program has made another of its names.
+    pub(super) fn unlearn_as(&mut self, flow: &Flow, replaced: bool) {
         self.states.forgotten(flow);
+        self.half_open = self.half_open.saturating_sub(u32::from(is_half_open(flow)));
         if let Some(cache) = &mut self.cache {
-            cache.forget(flow, self.states.flow_hash(flow));
+            let hash = self.states.flow_hash(flow);
+            if replaced { cache.replaced(flow, hash) } else { cache.forget(flow, hash) }
             if self.states.service(flow.service()).remembered == 0 {
                 cache.consult(flow.service(), false);
             }
@@ -122,7 +202,7 @@ impl Core {
         budget: &mut usize,
         owns: impl Fn(&States, u32) -> Option<bool>,
     ) -> Option<Flow> {
-        let (cache, states) = (&mut self.cache, &self.states);
+        let (cache, states) = (&self.cache, &self.states);
         self.flows.expire(now, budget, |flow| {
             if flow.mark() != 0
                 && let Some(owned) = owns(states, flow.service())
@@ -132,10 +212,7 @@ impl Core {
                 }
                 return Some(now);
             }
-            match cache {
-                Some(cache) if flow.is_steady() => cache.last_seen(flow),
-                _ => None,
-            }
+            cache.as_ref().and_then(|cache| seen_beside(&**cache, flow))
         })
     }
 }

@@ -50,6 +50,8 @@ pub(crate) struct Core {
     pub(crate) claims: VecDeque<Claim>,
     pub(crate) cache: Option<Box<dyn FlowCache>>,
     pub(crate) outbox: Option<Box<dyn FlowOutbox>>,
+    /// Flows with a lower SNAT port whose backend was not heard yet.
+    pub(crate) half_open: u32,
 }
 
 /// What is the same for every step of one frame.
@@ -129,6 +131,7 @@ impl Core {
             claims: VecDeque::with_capacity(super::MAX_CLAIMS),
             cache: None,
             outbox: None,
+            half_open: 0,
         }
     }
 

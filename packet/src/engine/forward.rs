@@ -127,6 +127,9 @@ impl Core {
         if !self.new_flows.take(now) {
             return Err(Reason::FlowRate);
         }
+        if self.flows.room() == 0 {
+            return Err(Reason::FlowTableFull);
+        }
         let backend_side = match service.mode {
             Mode::Nat => Some(self.bind(tables, service, chosen.backend, &client_side)?),
             Mode::Dsr | Mode::NatTransparent => None,

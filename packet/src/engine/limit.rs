@@ -20,15 +20,31 @@ impl Limit {
         Limit { per_second, level: Self::room(per_second), filled_at: BootTime(0) }
     }
 
-    /// Takes one, if there is one.
-    #[inline]
-    pub(crate) fn take(&mut self, now: BootTime) -> bool {
+    fn fill(&mut self, now: BootTime) {
         let passed = now.0.saturating_sub(self.filled_at.0);
         self.filled_at = self.filled_at.max(now);
         self.level = self
             .level
             .saturating_add(passed.saturating_mul(self.per_second))
             .min(Self::room(self.per_second));
+    }
+
+    /// How many there are.
+    pub(crate) fn available(&mut self, now: BootTime) -> u64 {
+        self.fill(now);
+        self.level / TOKEN
+    }
+
+    /// Takes one that was given away before, whether it is there or not.
+    pub(crate) fn spend(&mut self, now: BootTime) {
+        self.fill(now);
+        self.level = self.level.saturating_sub(TOKEN);
+    }
+
+    /// Takes one, if there is one.
+    #[inline]
+    pub(crate) fn take(&mut self, now: BootTime) -> bool {
+        self.fill(now);
         if self.level < TOKEN {
             return false;
         }
@@ -51,6 +67,16 @@ mod tests {
         let taken = (0..10_000).filter(|i| limit.take(BootTime(i * 100_000))).count();
         assert!((100..=126).contains(&taken), "{taken}");
         assert!(!Limit::new(0).take(BootTime(5 * TOKEN)));
+    }
+
+    #[test]
+    fn what_was_given_away_before_is_missing_afterwards() {
+        let mut limit = Limit::new(100);
+        let now = BootTime(TOKEN);
+        assert_eq!(limit.available(now), 25);
+        (0..30).for_each(|_| limit.spend(now));
+        assert_eq!(limit.available(now), 0);
+        assert!(!limit.take(now) && limit.take(BootTime(now.0 + TOKEN / 100)));
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod forward;
 mod fragment;
 mod frame;
 mod icmp;
+mod kept;
 mod limit;
 mod nat;
 mod report;
@@ -31,10 +32,11 @@ mod tests;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-pub use self::beside::{FlowCache, Passed, REGISTERS, Windows};
+pub use self::beside::{FlowCache, Passed, REGISTERS, Reservation, Windows};
 pub use self::counters::Event;
 pub use self::frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
-pub use self::nat::{SNAT_PORT_MAX, SNAT_PORT_MIN};
+pub use self::kept::Kept;
+pub use self::nat::{SNAT_PORT_MAX, SNAT_PORT_MIN, SNAT_PORT_UPPER};
 pub use self::share::{Adopted, FlowName, FlowNews, FlowOutbox, FlowRecord, SHARE_BUDGET};
 
 use self::core::{Core, Cx};

@@ -6,10 +6,12 @@ use crate::drops::Reason;
 use crate::flow::{BackendSide, ClientSide, Direction, Segment};
 use crate::hash;
 use crate::plan::Protocol;
-use crate::tables::{HASH_SEED, Service, Tables};
-use crate::wire::{Dissected, IpInfo};
+use crate::tables::{Backend, HASH_SEED, Service, Tables};
+use crate::wire::{Dissected, IpInfo, proto};
 
+use super::beside::Reservation;
 use super::core::{Core, Cx, IcmpError, Size, Stop, check_offload};
+use super::counters::Event;
 use super::fragment::Route;
 use super::frame::{FrameMut, Verdict};
 use super::rewrite::{self, End, Ends};
@@ -18,19 +20,62 @@ use super::rewrite::{self, End, Ends};
 pub const SNAT_PORT_MIN: u16 = 1024;
 /// Last SNAT port.
 pub const SNAT_PORT_MAX: u16 = 65_535;
-/// SNAT ports of one address for one backend address and port.
-const PORTS: u32 = SNAT_PORT_MAX as u32 - SNAT_PORT_MIN as u32 + 1;
+/// First of the upper ports: bound by the engine alone. Those below are bound by a program beside it, too, where TCP is concerned, so
+/// there the engine reserves them first (RFC 6335 §6: the upper ones are the dynamic ports).
+pub const SNAT_PORT_UPPER: u16 = 49_152;
 /// Ports that are tried on one address before the flow is refused. With 95 % of an address's ports to one backend in use,
 /// in random places, one new flow in 700 finds 128 taken; the work for a packet stays bounded.
 const PROBES: u32 = 128;
 /// Addresses that are tried.
 const PROBED_ADDRESSES: usize = 4;
+/// Flows with a lower port whose backend was not heard yet, beside a program that has all of them: what a flood can make of entries
+/// there. At 100 000 new flows a second it is enough for backends that answer within 80 ms; what goes beyond has an upper port.
+pub(crate) const MAX_HALF_OPEN: u32 = 8192;
+
+/// SNAT ports of one address, tried in this order: first and number.
+const TCP_PARTS: [(u16, u32); 2] = [
+    (SNAT_PORT_MIN, (SNAT_PORT_UPPER - SNAT_PORT_MIN) as u32),
+    (SNAT_PORT_UPPER, SNAT_PORT_MAX as u32 - SNAT_PORT_UPPER as u32 + 1),
+];
+const UDP_PARTS: [(u16, u32); 1] = [(SNAT_PORT_MIN, SNAT_PORT_MAX as u32 - SNAT_PORT_MIN as u32 + 1)];
+
+/// Whether a program beside the engine binds such ports, too.
+pub(crate) fn is_lower(protocol: u8, snat_port: u16) -> bool {
+    protocol == proto::TCP && snat_port < SNAT_PORT_UPPER
+}
+
+/// Names that a flow could have on the backend's side, in the order in which they are tried.
+struct Candidates<'a> {
+    service: &'a Service,
+    backend: &'a Backend,
+    hash: u32,
+}
+
+impl Candidates<'_> {
+    fn of(&self, (start, ports): (u16, u32)) -> impl Iterator<Item = BackendSide> {
+        let Candidates { service, backend, hash } = *self;
+        let addresses = service.snat.len();
+        let first = hash::scale(hash, addresses as u32 * ports);
+        let turns = 0..addresses.min(PROBED_ADDRESSES);
+        turns.flat_map(move |turn| {
+            let snat = service.snat[((first / ports) as usize + turn) % addresses];
+            (0..PROBES).map(move |probe| BackendSide {
+                protocol: service.protocol.number(),
+                backend: backend.address,
+                backend_port: backend.port,
+                snat,
+                snat_port: start + ((first % ports + probe) % ports) as u16,
+            })
+        })
+    }
+}
 
 impl Core {
     /// A free SNAT address and port for a flow: the first free one from a place that follows from client, service and
-    /// backend, so that a node that takes over finds nearly always the same.
+    /// backend, so that a node that takes over finds nearly always the same. Where there is none, over TCP, a flow whose backend was
+    /// never heard makes room: a flood of SYNs takes ports from itself.
     pub(crate) fn bind(
-        &self,
+        &mut self,
         tables: &Tables,
         service: &Service,
         backend: u16,
@@ -38,28 +83,37 @@ impl Core {
     ) -> Result<BackendSide, Reason> {
         let backend = &service.backends[usize::from(backend)];
         let ClientSide { client, client_port, .. } = *client_side;
-        let addresses = service.snat.len();
-        let first = hash::scale(
-            hash::snat(HASH_SEED, client, client_port, service.id, backend.id),
-            addresses as u32 * PORTS,
-        );
-        for turn in 0..addresses.min(PROBED_ADDRESSES) {
-            let snat = service.snat[((first / PORTS) as usize + turn) % addresses];
-            for probe in 0..PROBES {
-                let snat_port = SNAT_PORT_MIN + ((first % PORTS + probe) % PORTS) as u16;
-                let bound = BackendSide {
-                    protocol: service.protocol.number(),
-                    backend: backend.address,
-                    backend_port: backend.port,
-                    snat,
-                    snat_port,
-                };
-                // A SNAT address that is also a VIP: its services' ports are taken.
-                let taken = tables.service_at(snat, snat_port, service.protocol).is_some()
-                    || self.flows.find_answered(&bound).is_some();
-                if !taken {
-                    return Ok(bound);
+        let hash = hash::snat(HASH_SEED, client, client_port, service.id, backend.id);
+        let candidates = Candidates { service, backend, hash };
+        let tcp = service.protocol == Protocol::Tcp;
+        // A SNAT address that is also a VIP: its services' ports are taken.
+        let serves = |c: &BackendSide| tables.service_at(c.snat, c.snat_port, service.protocol).is_some();
+        let parts = if tcp { &TCP_PARTS[..] } else { &UDP_PARTS[..] };
+        for part in parts {
+            let shared = self.cache.is_some() && is_lower(service.protocol.number(), part.0);
+            if shared && self.half_open >= MAX_HALF_OPEN {
+                continue;
+            }
+            for candidate in candidates.of(*part) {
+                if serves(&candidate) || self.flows.find_answered(&candidate).is_some() {
+                    continue;
                 }
+                match self.cache.as_mut().filter(|_| shared).map(|cache| cache.reserve(&candidate)) {
+                    None | Some(Reservation::Made) => return Ok(candidate),
+                    Some(Reservation::Taken) => {}
+                    Some(Reservation::NoRoom) => break,
+                }
+            }
+        }
+        if tcp {
+            let half_open = candidates.of(TCP_PARTS[1]).find_map(|candidate| {
+                let id = self.flows.find_answered(&candidate)?;
+                (!self.flows.get(id).is_answered()).then_some((id, candidate))
+            });
+            if let Some((id, candidate)) = half_open {
+                self.forget(id);
+                self.tally.event(Event::FlowEvicted);
+                return Ok(candidate);
             }
         }
         Err(Reason::NoSnatPort)

@@ -28,7 +28,7 @@ impl Core {
                 return None;
             }
             let client = flow.client_side();
-            let elsewhere = self.cache.as_ref().filter(|_| flow.is_steady()).and_then(|c| c.last_seen(flow));
+            let elsewhere = self.cache.as_ref().and_then(|cache| super::beside::seen_beside(&**cache, flow));
             let last_seen = flow.last_seen().max(elsewhere.unwrap_or_default());
             Some(FlowInfo {
                 service: service.id,

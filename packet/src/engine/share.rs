@@ -13,7 +13,9 @@ use crate::tables::Tables;
 use crate::time::BootTime;
 
 use super::Engine;
+use super::beside::Reservation;
 use super::core::Core;
+use super::nat::is_lower;
 use super::state::States;
 
 /// What names a flow to every node.
@@ -223,10 +225,23 @@ impl Engine {
             self.drop_adopted(other);
         }
         let core = &mut self.core;
+        let shared = backend_side.filter(|bound| is_lower(bound.protocol, bound.snat_port));
+        if let (Some(bound), Some(cache)) = (&shared, &mut core.cache) {
+            match cache.reserve(bound) {
+                Reservation::Made => {}
+                // The program has just made a flow of it.
+                Reservation::Taken => return Adoption::Refused,
+                Reservation::NoRoom => return Adoption::Full,
+            }
+        }
         let inserted = match core.flows.adopt(new, protocol, record.progress, mark, now) {
             Ok(Some(inserted)) => inserted,
-            Ok(None) => return Adoption::Refused,
-            Err(_) => return Adoption::Full,
+            refused => {
+                if let (Some(bound), Some(cache)) = (&shared, &mut core.cache) {
+                    cache.release(bound);
+                }
+                return if refused.is_ok() { Adoption::Refused } else { Adoption::Full };
+            }
         };
         if let Some(evicted) = &inserted.evicted {
             core.gone(evicted);

@@ -119,6 +119,19 @@ impl States {
         self.backends[number as usize].identity.1
     }
 
+    /// Place in the tables in force of the service whose state has that number, if it is there and there is one.
+    pub(crate) fn service_in_force(&self, number: u32) -> Option<u16> {
+        self.services.get(number as usize)?.index
+    }
+
+    /// Address and port of a service's backend whose state has that number, and whether it is in the tables in force; `None`: there is no
+    /// such state.
+    pub(crate) fn backend_of(&self, service: u32, number: u32) -> Option<(IpAddr, u16, bool)> {
+        let state = self.backends.get(number as usize)?;
+        let (of, _, address, port) = state.identity;
+        (of == service).then_some((address, port, state.index.is_some()))
+    }
+
     /// A flow is remembered.
     pub(crate) fn remembered(&mut self, flow: &Flow) {
         self.services[flow.service() as usize].remembered += 1;

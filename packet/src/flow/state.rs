@@ -119,7 +119,7 @@ pub(crate) struct Progress {
     backend_fin: bool,
     /// Both directions pass here.
     two_way: bool,
-    answered: bool,
+    pub(crate) answered: bool,
 }
 
 impl Progress {
@@ -237,6 +237,16 @@ impl Progress {
             answered: bit(5),
         })
     }
+}
+
+/// For whoever keeps the state of a TCP flow elsewhere, both of whose directions pass (`packet/bpf/state.h`): what the state that `bits` stand
+/// for becomes by a segment, and of the state before that: is it steady, does a SYN begin a new flow? `None`: there is no such
+/// state.
+pub fn two_way_step(bits: u8, segment: Segment, direction: Direction) -> Option<(u8, bool, bool)> {
+    let before = Progress::from_bits(bits, true, Protocol::Tcp)?;
+    let mut after = before;
+    after.advance(segment, direction);
+    Some((after.to_bits(), before.is_steady(), before.reopens()))
 }
 
 #[cfg(test)]

@@ -91,9 +91,29 @@ pub struct Flow {
     mark: u32,
     /// Others were told of it, and not yet that it has ended.
     told: bool,
+    /// See [`Flow::version`].
+    version: u8,
 }
 
+/// Versions of a flow's state come round again.
+const VERSIONS: u8 = 1 << 5;
+
 impl Flow {
+    /// Counts the changes of its state, below 32: of two versions the later one is less than half the way round ahead.
+    pub fn version(&self) -> u8 {
+        self.version
+    }
+
+    /// Whether its backend was heard.
+    pub fn is_answered(&self) -> bool {
+        self.progress.answered
+    }
+
+    /// L4 protocol and SNAT port (full NAT).
+    pub fn bound_port(&self) -> Option<(u8, u16)> {
+        self.bound.then_some((self.protocol, self.snat_port))
+    }
+
     /// By which sending of another node it was taken over from there; 0: it is this node's own.
     pub fn mark(&self) -> u32 {
         self.mark
@@ -198,6 +218,18 @@ impl Touched {
         self.before != self.after && self.before.is_steady() != self.after.is_steady()
     }
 
+    /// Whether anything has changed but when its last packet came.
+    #[inline]
+    pub fn changes(&self) -> bool {
+        self.before != self.after
+    }
+
+    /// Whether its backend was heard for the first time.
+    #[inline]
+    pub fn answers(&self) -> bool {
+        self.after.answered && !self.before.answered
+    }
+
     /// Whether the flow has become assured.
     #[inline]
     pub fn assures(&self) -> bool {
@@ -248,6 +280,7 @@ pub struct FlowTable {
     wheel: Wheel,
     oldest_unassured: u32,
     newest_unassured: u32,
+    unassured: usize,
     len: usize,
     max: usize,
     secret: [u64; 3],
@@ -273,6 +306,7 @@ impl FlowTable {
             wheel: Wheel::new(),
             oldest_unassured: NONE,
             newest_unassured: NONE,
+            unassured: 0,
             len: 0,
             max,
             secret: [next(), next(), next()],
@@ -287,6 +321,11 @@ impl FlowTable {
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Flows that could still be remembered, if those that are unassured made room.
+    pub fn room(&self) -> usize {
+        self.max - (self.len - self.unassured)
     }
 
     /// The flow of that name.
@@ -371,6 +410,7 @@ impl FlowTable {
             newer: NONE,
             mark: 0,
             told: false,
+            version: 0,
         };
         flow.set_idle(new.idle);
         Ok(Inserted { id: self.place(flow), evicted })
@@ -416,12 +456,28 @@ impl FlowTable {
         idle: Duration,
         now: BootTime,
     ) -> Touched {
+        let mut after = self.entries.get(id.0).progress;
+        after.advance(segment, direction);
+        self.change(id, after, 1, idle, now)
+    }
+
+    /// Puts a flow in another state, so many versions on, because of a packet that came at `now`.
+    fn change(
+        &mut self,
+        id: FlowId,
+        after: Progress,
+        versions: u8,
+        idle: Duration,
+        now: BootTime,
+    ) -> Touched {
         let flow = self.entries.get_mut(id.0);
         flow.last_seen = flow.last_seen.max(now);
-        let before = flow.progress;
-        flow.progress.advance(segment, direction);
+        let before = std::mem::replace(&mut flow.progress, after);
+        if before != after {
+            flow.version = flow.version.wrapping_add(versions) % VERSIONS;
+        }
         flow.set_idle(idle);
-        let (after, due, deadline_ns) = (flow.progress, flow.wheel.due, flow.deadline_ns());
+        let (due, deadline_ns) = (flow.wheel.due, flow.deadline_ns());
         if before.assured != after.assured {
             if after.assured {
                 self.unlink_unassured(id.0);
@@ -504,6 +560,7 @@ impl FlowTable {
     }
 
     fn push_unassured(&mut self, entry: u32) {
+        self.unassured += 1;
         let older = self.newest_unassured;
         let flow = self.entries.get_mut(entry);
         (flow.older, flow.newer) = (older, NONE);
@@ -516,6 +573,7 @@ impl FlowTable {
     }
 
     fn unlink_unassured(&mut self, entry: u32) {
+        self.unassured -= 1;
         let (older, newer) = {
             let flow = self.entries.get(entry);
             (flow.older, flow.newer)

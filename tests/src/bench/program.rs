@@ -8,14 +8,15 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use komainu_packet::engine::{Engine, EngineConfig, Port, PortConfig};
-use komainu_packet::lane::kernel::abi::{self, Bench, FlowCell, FlowKey, Hop, LeaseCell};
+use komainu_packet::lane::kernel::abi::{self, Bench, BoundKey, FlowCell, FlowKey, Hop, LeaseCell};
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::harness::Harness;
+use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Memory, Sizes};
 use komainu_packet::lease::LeaseBoard;
 use komainu_packet::plan::{
@@ -30,6 +31,9 @@ pub const METRIC: &str = "program_ns";
 /// Numbers of flows.
 pub const FLOWS: [u32; 4] = [1, 10_000, 500_000, 4_000_000];
 const BACKENDS: u32 = 100;
+/// Flows that the program makes in a round at most, and before they are taken away again.
+const MADE: u32 = 100_000;
+const MADE_AT_ONCE: u32 = 4096;
 const OWN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0xaa];
 const GROUP: u32 = 1;
 /// The filter of the one service.
@@ -89,6 +93,7 @@ fn clocks(harness: &Harness, runs: usize, packets: u32) -> Result<Vec<Line>> {
 /// A program with a plan.
 pub(super) struct Bed {
     kernel: Kernel,
+    news: Mutex<News>,
     engine: Engine,
     mode: Mode,
     v6: bool,
@@ -98,8 +103,14 @@ pub(super) struct Bed {
 impl Bed {
     /// A service with 100 backends in that mode.
     pub(super) fn new(mode: Mode, v6: bool, in_transition: bool) -> Result<Bed> {
-        let sizes = Sizes { backends: 256, services: 64, flows: FLOWS[3], ..Sizes::default() };
-        let kernel = Kernel::load(Hook::Xdp, sizes)?;
+        Bed::with_room(mode, v6, in_transition, Sizes::default().first_flows)
+    }
+
+    /// The same, its maps of flows with room for so many at first.
+    pub(super) fn with_room(mode: Mode, v6: bool, in_transition: bool, first_flows: u32) -> Result<Bed> {
+        let sizes = Sizes { backends: 256, services: 64, flows: FLOWS[3], first_flows, ..Sizes::default() };
+        let mut kernel = Kernel::load(Hook::Xdp, sizes)?;
+        let news = Mutex::new(kernel.take_news().context("nobody else listens to the program")?);
         let maps = Arc::clone(kernel.maps());
         maps.set_port(Port::Service, OWN_MAC, 1, 1500, 0);
         let lease = LeaseCell {
@@ -116,7 +127,7 @@ impl Bed {
         engine.install(plan(mode, v6, in_transition), BootTime(0))?;
         let way = |_| Hop::Known { port: Port::Service, mac: [2, 0, 0, 1, 0, 1], on_link: true };
         Filler::new(Arc::clone(&maps)).install(&Snapshot::of(&engine), &way)?;
-        Ok(Bed { kernel, engine, mode, v6, in_transition })
+        Ok(Bed { kernel, news, engine, mode, v6, in_transition })
     }
 
     /// Writes those of the flows numbered so that are remembered.
@@ -146,7 +157,7 @@ impl Bed {
                 last_seen: BootTime::now().0,
                 backend: self.engine.backend_number(0, backend),
                 flags: abi::FLOW_STEADY | if all { abi::FLOW_BOUND } else { 0 },
-                reserved: 0,
+                progress: 0,
                 snat_port: (1024 + (flow % 60_000) as u16).to_be_bytes(),
                 snat: abi::wide(snat(self.v6)),
             });
@@ -161,6 +172,50 @@ impl Bed {
     /// The program.
     pub(super) fn program(&self) -> Result<std::os::fd::BorrowedFd<'_>> {
         Ok(self.kernel.program_fd()?)
+    }
+
+    /// Has the program make flows of full NAT, so many at least, beside those that there are, and takes them away again; nanoseconds
+    /// each.
+    fn make_flows(&self, harness: &Harness, flows: u32) -> Result<f64> {
+        let mut made = 0;
+        let (mut floor, mut cost, mut slices) = (0.0, 0.0, 0);
+        while made < flows {
+            // Clients that are nobody else's, another for each SYN.
+            let bench = Bench { runs: 0, flows: 1 << 31, v4: u32::from(!self.v6), frame: new_packet(self.v6) };
+            floor += run(harness, &bench, harness.program("nothing")?, MADE_AT_ONCE, XDP_TX)?;
+            self.grant(u64::from(MADE_AT_ONCE));
+            cost += run(harness, &bench, self.program()?, MADE_AT_ONCE, XDP_TX)?;
+            slices += 1;
+            let taken = self.take_made()?;
+            ensure!(taken == MADE_AT_ONCE as usize, "{taken} flows were made by {MADE_AT_ONCE} SYNs");
+            made += MADE_AT_ONCE;
+        }
+        Ok((cost - floor) / f64::from(slices))
+    }
+
+    /// Lets each processor make so many flows more.
+    pub(super) fn grant(&self, flows: u64) {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).grant_each(flows);
+    }
+
+    /// Takes the flows that were made out of the maps; how many there were.
+    fn take_made(&self) -> Result<usize> {
+        let mut made = Vec::new();
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).take(|news| made.push(*news));
+        let maps = self.kernel.maps();
+        for news in &made {
+            let backend = maps.backend(news.backend).context("its backend is there")?;
+            let bound = BoundKey {
+                backend: backend.address,
+                snat: news.snat,
+                backend_port: backend.port,
+                snat_port: news.snat_port,
+                protocol: Protocol::Tcp.number(),
+                reserved: [0; 3],
+            };
+            ensure!(maps.remove_flow(&news.flow)? && maps.remove_bound(&bound)?, "a flow has two sides");
+        }
+        Ok(made.len())
     }
 
     fn measure(&self, harness: &Harness, numbers: &[u32], runs: usize, packets: u32) -> Result<Vec<Line>> {
@@ -193,6 +248,14 @@ impl Bed {
                 let name = format!("{METRIC}/{mode}_{family}/{state}/{kind}/{flows}");
                 lines.push(Line::new(name, "ns", &values, None));
             }
+            if self.mode == Mode::Nat {
+                let mut values = Vec::new();
+                for _ in 0..runs {
+                    values.push(self.make_flows(harness, packets.min(MADE))?);
+                }
+                let name = format!("{METRIC}/{mode}_{family}/{state}/new/{flows}");
+                lines.push(Line::new(name, "ns", &values, None));
+            }
         }
         Ok(lines)
     }
@@ -206,10 +269,21 @@ pub(super) fn run(
     packets: u32,
     expected: u32,
 ) -> Result<f64> {
+    let (ns, became) = run_all(harness, bench, program, packets)?;
+    ensure!(became == expected, "the program returned {became} instead of {expected}");
+    Ok(ns)
+}
+
+/// The same, whatever becomes of them; also what became of the last.
+pub(super) fn run_all(
+    harness: &Harness,
+    bench: &Bench,
+    program: std::os::fd::BorrowedFd<'_>,
+    packets: u32,
+) -> Result<(f64, u32)> {
     harness.measure(program, bench)?;
     let ran = harness.run("vary", &bench.frame, packets)?;
-    ensure!(ran.action == expected, "the program returned {} instead of {expected}", ran.action);
-    Ok(f64::from(ran.ns))
+    Ok((f64::from(ran.ns), ran.action))
 }
 
 /// Packets of one round, so that it takes about `time`.
@@ -274,6 +348,14 @@ fn plan(mode: Mode, v6: bool, in_transition: bool) -> Plan {
         consult_all_slots: false,
     };
     Plan { revision: 1, groups: vec![group], services: vec![service] }
+}
+
+/// A SYN of the first of other clients.
+fn new_packet(v6: bool) -> [u8; 96] {
+    let mut frame = packet(v6, SYN);
+    // Above the addresses that clients of remembered flows have.
+    frame[if v6 { 35 } else { 27 }] = 0x80;
+    frame
 }
 
 /// A TCP segment of the first flow, 96 bytes long.

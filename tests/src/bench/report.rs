@@ -111,7 +111,8 @@ pub fn page(lines: &[Line], command: &str) -> String {
          counted where they arrive. `tcp_connections`: 8 clients that connect, exchange a byte, and reset.\n\
          - `program_ns/*`: nanoseconds that the program of the `xdp` lane takes for a packet beyond an empty program that sends it back \
          (`empty_program`, itself not subtracted), by `BPF_PROG_TEST_RUN`: no driver, no sending. Established TCP to a service with 100 \
-         backends, the last number is that of flows; `new` are SYNs; `new_goes_up` is what handing a SYN of full NAT to user space costs \
+         backends, the last number is that of flows; `new` are SYNs, of full NAT with all that making a flow takes (the \
+         others are in the map with their clients' side); `new_goes_up` is what handing a SYN of full NAT to user space costs \
          the program; `in_transition`: one backend of the 100 is being drained, about 2 % of the slots have two backends, flows there are \
          remembered. `clock_*`: what one call of a helper takes; the lease is compared with `clock_boot`.\n\
          - `wire_packets`: smallest TCP frames of 10 000 established flows from a generator in the kernel, over one veth pair and \

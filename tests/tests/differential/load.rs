@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use komainu_packet::flow::{Direction, Segment, two_way_step};
 use komainu_packet::hash;
 use komainu_packet::lane::kernel::abi::{self, FlowCell, FlowKey, LAYOUTS, Plain};
 use komainu_packet::lane::kernel::harness::{HARNESS_OBJECT, Harness};
@@ -119,6 +120,10 @@ fn btf_structs(object: &[u8]) -> HashMap<String, (usize, Vec<(String, usize)>)> 
     structs
 }
 
+/// Cluster-wide numbers in a question.
+const SERVICE: u32 = 70_000;
+const BACKEND: u32 = 123_456;
+
 /// `struct question` of `packet/bpf/harness.c`.
 fn question(seed: u32, client: (IpAddr, u16), vip: (IpAddr, u16), protocol: u8, size: u32) -> Vec<u8> {
     let mut q = Vec::new();
@@ -131,6 +136,9 @@ fn question(seed: u32, client: (IpAddr, u16), vip: (IpAddr, u16), protocol: u8, 
     q.extend(abi::wide(vip.0));
     q.extend(size.to_ne_bytes());
     q.extend([0; 12]);
+    q.extend(SERVICE.to_ne_bytes());
+    q.extend(BACKEND.to_ne_bytes());
+    q.extend([0; 8]);
     q
 }
 
@@ -141,6 +149,7 @@ fn hashes_are_bit_for_bit_those_of_the_engine() {
         let ran = harness.run("hashes", &question(seed, client, vip, protocol, size), 1).unwrap();
         assert_eq!(ran.action, 3);
         let word = |at: usize| u32::from_ne_bytes(ran.frame[at..at + 4].try_into().unwrap());
+        assert_eq!(word(72), hash::snat(seed, client.0, client.1, SERVICE, BACKEND), "{client:?}");
         (word(52), word(56), word(60))
     };
     let v4 = ((Ipv4Addr::new(198, 51, 100, 7).into(), 40_000), (Ipv4Addr::new(192, 0, 2, 100).into(), 80));
@@ -172,4 +181,29 @@ fn hashes_are_bit_for_bit_those_of_the_engine() {
         let expected = (flow, hash::client(seed, client.0), hash::scale(flow, size));
         assert_eq!(ask(seed, client, vip, protocol, size), expected, "{client:?} {vip:?}");
     }
+}
+
+/// The states of a flow both of whose directions pass are those of `flow/state.rs`, from each state that a flow can be in.
+#[test]
+fn states_are_those_of_the_engine() {
+    let harness = Harness::load().unwrap_or_else(|e| panic!("{e}"));
+    let mut steps = 0;
+    for progress in 0..=u8::MAX {
+        for tcp_flags in [0x02u8, 0x12, 0x10, 0x11, 0x04, 0x06, 0x00, 0x18] {
+            for to_client in [false, true] {
+                let direction = if to_client { Direction::ToClient } else { Direction::ToBackend };
+                let segment = Segment::from_tcp_flags(tcp_flags);
+                let Some(expected) = two_way_step(progress, segment, direction) else { continue };
+                let words = [progress.into(), tcp_flags.into(), u32::from(to_client), 0, 0, 0];
+                let question: Vec<u8> = words.iter().flat_map(|w: &u32| w.to_ne_bytes()).collect();
+                let answer = harness.run("states", &question, 1).unwrap().frame;
+                let word = |n: usize| u32::from_ne_bytes(answer[4 * n..4 * n + 4].try_into().unwrap());
+                let got = (word(3) as u8, word(4) != 0, word(5) != 0);
+                assert_eq!(got, expected, "{progress:08b} {segment:?} {direction:?}");
+                steps += 1;
+            }
+        }
+    }
+    // SynSent, Closing and Closed with three marks each, Established with one more.
+    assert_eq!(steps, (3 * 8 + 16) * 16);
 }

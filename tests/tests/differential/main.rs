@@ -12,6 +12,7 @@
 //! | `clock` | leases that end, and clocks that stood still |
 //! | `build` | plans and frames, those of the fuzz targets |
 //! | `change` | one backend of a hundred is changed under a hundred thousand connections |
+//! | `kept` | flows of full NAT that the program makes: ports, floods, ends |
 //! | `load` | the program by itself: it loads, its types are those of the maps, its hashes those of `hash.rs` |
 
 // All of this is a test: what can't go on fails it.
@@ -23,6 +24,7 @@ mod build;
 mod change;
 mod clock;
 mod frames;
+mod kept;
 mod load;
 mod rng;
 mod rules;

@@ -23,6 +23,12 @@ pub struct Facts<'a> {
     pub must_be_remembered: bool,
     /// Its service has a dead backend, or a flow whose backend is gone.
     pub dead_backend: bool,
+    /// The program keeps its flow's state.
+    pub kept: bool,
+    /// And the flow is closing.
+    pub closing: bool,
+    /// New flows of its service are made by the program.
+    pub makes: bool,
     /// The way that it would take is not resolved, or there is none.
     pub unresolved: bool,
 }
@@ -47,10 +53,13 @@ pub fn may_go_up(up: Up, facts: &Facts<'_>) -> bool {
         Up::Ttl => facts.dropped.contains(&Reason::TtlExceeded),
         Up::TooBig => facts.dropped.contains(&Reason::TooBig),
         Up::Neighbour => facts.unresolved,
-        Up::Segment => facts.remembered && !is_plain(ip),
-        Up::Flow => facts.must_be_remembered && !facts.remembered,
-        Up::Unsteady => facts.remembered && !facts.steady,
+        // Of a kept flow only the SYN that begins another one, where that is not made in the same place.
+        Up::Segment => facts.remembered && !is_plain(ip) && (!facts.kept || facts.closing && opens(ip)),
+        Up::Flow => facts.must_be_remembered && !facts.remembered && !(facts.makes && opens(ip)),
+        Up::Unsteady => facts.remembered && !facts.steady && !facts.kept,
         Up::DeadBackend => facts.dead_backend,
+        // How many there may be is looked at in the end.
+        Up::Note => facts.kept || facts.makes,
         // There is room in this test, and a plan.
         Up::Room | Up::Unready => false,
     }
@@ -67,6 +76,16 @@ fn is_plain(ip: Option<&IpInfo>) -> bool {
         Some(Transport::Tcp { flags, .. }) => !flags.fin() && !flags.rst() && !flags.opens(),
         _ => true,
     }
+}
+
+/// Whether a frame begins a TCP flow.
+pub fn is_syn(frame: &[u8]) -> bool {
+    matches!(dissect(frame).map(|d| d.net), Ok(Net::Ip(ip)) if opens(Some(&ip)))
+}
+
+/// A SYN without RST.
+fn opens(ip: Option<&IpInfo>) -> bool {
+    matches!(ip.map(|ip| &ip.transport), Some(Transport::Tcp { flags, .. }) if flags.opens() && !flags.rst())
 }
 
 /// Neighbour discovery and ARP other than a question that has one answer.

@@ -14,12 +14,13 @@ use komainu_packet::lane::kernel::abi::{
 };
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
+use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Maps, Sizes};
 use komainu_packet::lane::kernel::sys::Ran;
 use komainu_packet::lane::{Counters, FlowFilter};
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
-use komainu_packet::plan::{Mode, Plan, Protocol};
+use komainu_packet::plan::{Mode, Plan, Protocol, Scheduler};
 use komainu_packet::tables::{HASH_SEED, Service, Tables};
 use komainu_packet::time::BootTime;
 use komainu_packet::wire::{IpInfo, Net, Pretty, dissect};
@@ -109,6 +110,7 @@ pub struct World {
     hook: Hook,
     kernel: Kernel,
     maps: Arc<Maps>,
+    news: News,
     filler: Filler,
     leases: Arc<LeaseBoard>,
     alone: Engine,
@@ -148,7 +150,8 @@ impl World {
         // Little room at first, so that the maps of flows grow under what happens.
         let (flows, first_flows) = (4 * MAX_FLOWS as u32, 2);
         let sizes = Sizes { backends: STATES, services: STATES, flows, first_flows, ..Sizes::default() };
-        let kernel = Kernel::load(hook, sizes).unwrap_or_else(|e| panic!("{e}"));
+        let mut kernel = Kernel::load(hook, sizes).unwrap_or_else(|e| panic!("{e}"));
+        let news = kernel.take_news().unwrap();
         let maps = Arc::clone(kernel.maps());
         write_ways(&maps);
         let own = [Port::Service, Port::Inside].map(|p| port_config(p, 0).addresses);
@@ -164,6 +167,7 @@ impl World {
             tally_before: maps.tally(),
             kernel,
             maps,
+            news,
             leases,
             mtus: [1500; 2],
             specs: Vec::new(),
@@ -270,6 +274,7 @@ impl World {
         let facts_before = self.facts_before(&frame.bytes);
         let counted_before = self.alone.counters(BootTime(0));
         let now = BootTime::now();
+        self.news.grant(&mut self.beside, now);
 
         let mut expected = frame.bytes.clone();
         let mut view = FrameMut { bytes: &mut expected, offload: frame.offload() };
@@ -281,6 +286,7 @@ impl World {
         if BootTime::now().0 / WINDOW != now.0.saturating_sub(self.slack) / WINDOW {
             self.straddled_until = now.0 + 3 * WINDOW;
         }
+        let learned = self.news.learn(&mut self.beside, now);
         let tally = self.maps.tally();
         let moved = |now: &[u64], then: &[u64]| -> Vec<usize> {
             (0..now.len()).flat_map(|i| std::iter::repeat_n(i, (now[i] - then[i]) as usize)).collect()
@@ -322,12 +328,16 @@ impl World {
                 }
                 match (verdict, facts_before.mode) {
                     (Verdict::Reply { .. }, _) => "reply".to_owned(),
+                    // The same bytes: the same SNAT address and port, too.
+                    (_, Some((Mode::Nat, true))) if facts_before.opens && rules::is_syn(&frame.bytes) => "leave request Nat, made".to_owned(),
+                    (_, Some((mode @ Mode::Nat, _))) if learned > 0 => format!("leave {mode:?}, changed"),
                     (_, Some((mode, true))) => format!("leave request {mode:?}"),
                     (_, Some((mode, false))) => format!("leave answer {mode:?}"),
                     (_, None) => "leave".to_owned(),
                 }
             }
             (Action::Pass | Action::Leave(_), up) => {
+                assert_eq!(learned, 0, "what goes up has changed nothing: {}", what());
                 assert!(drops.is_empty() && ups.len() <= 1, "{}", what());
                 assert_eq!(ran.frame, frame.bytes, "what goes up is as it came: {}", what());
                 let class = match up {
@@ -450,6 +460,9 @@ impl World {
         };
         let cell = self.maps.flow(&key).unwrap();
         let steady = cell.is_some_and(|c| c.flags & abi::FLOW_STEADY != 0);
+        let kept = cell.is_some_and(|c| c.flags & abi::FLOW_KEPT != 0);
+        let closing = kept && cell.is_some_and(|c| matches!(c.progress & 7, 2 | 3));
+        let hashed = matches!(service.scheduler, Scheduler::Maglev | Scheduler::SourceIp);
         let gone = cell.and_then(|c| self.maps.backend(c.backend)).is_some_and(|b| b.flags != 3);
         *facts = FlowFacts {
             mode: Some((service.mode, true)),
@@ -457,7 +470,12 @@ impl World {
             steady,
             must_be_remembered: service.tracks_all || slot.in_transition(),
             dead_backend: gone || service.backends.iter().any(|b| !b.alive),
+            kept,
+            closing,
+            opens: !trace.remembered || closing,
+            makes: service.mode == Mode::Nat && service.protocol == Protocol::Tcp && hashed,
         };
+        facts.opens &= facts.makes;
     }
 
     fn bound_facts(&self, facts: &mut FlowFacts, ip: &IpInfo, src_port: u16, dst_port: u16) {
@@ -473,9 +491,11 @@ impl World {
         *facts = FlowFacts {
             mode: Some((Mode::Nat, false)),
             remembered: cell.is_some(),
-            steady: cell.is_some(),
+            steady: cell.is_some_and(|c| c.flags & abi::FLOW_STEADY != 0),
             must_be_remembered: true,
             dead_backend: false,
+            kept: cell.is_some_and(|c| c.flags & abi::FLOW_KEPT != 0),
+            ..FlowFacts::default()
         };
     }
 
@@ -509,6 +529,13 @@ impl World {
             }
         }
         assert_eq!(alone, beside, "history {} after frame {}", self.seed, self.frames);
+        // And the flows themselves: backend, SNAT address and port, state.
+        let flows = |engine: &Engine| {
+            let flows = engine.flows(&FlowFilter::default(), MAX_FLOWS, now).into_iter();
+            let told = flows.map(|f| (f.service, f.client, f.backend, f.snat, f.state));
+            told.collect::<BTreeSet<_>>()
+        };
+        assert_eq!(flows(&self.alone), flows(&self.beside), "history {} after frame {}", self.seed, self.frames);
         // Nothing stays behind of flows that were forgotten.
         let remembered = usize::try_from(self.beside.counters(now).flows).unwrap();
         let (flows, bound) = self.maps.count_flows().unwrap();
@@ -556,6 +583,8 @@ impl World {
             ("leave", 150),
             ("leave request Dsr", 20),
             ("leave request Nat", 10),
+            ("leave request Nat, made", 10),
+            ("leave Nat, changed", 10),
             ("leave request NatTransparent", 10),
             ("leave answer Nat", 5),
             ("leave answer NatTransparent", 5),
@@ -571,6 +600,10 @@ impl World {
             let n = count(outcome);
             assert!(n * 1000 >= least * total, "too few cases of \"{outcome}\": {n} of {total}");
         }
+        // What the program could not write down: maps that had to grow, a table nearly full of established flows, a closing flow whose
+        // port was not its first candidate.
+        let (unwritten, written) = (count("up note"), count("leave request Nat, made"));
+        assert!(unwritten * 4 <= written, "{unwritten} frames went up instead of making flows; {written} made one");
     }
 }
 
@@ -589,6 +622,14 @@ struct FlowFacts {
     steady: bool,
     must_be_remembered: bool,
     dead_backend: bool,
+    /// The program keeps its state.
+    kept: bool,
+    /// And it is closing.
+    closing: bool,
+    /// New flows of its service are made by the program.
+    makes: bool,
+    /// A SYN begins a flow that the program makes.
+    opens: bool,
 }
 
 impl FlowFacts {
@@ -608,8 +649,13 @@ impl FlowFacts {
             steady: self.steady,
             must_be_remembered: self.must_be_remembered,
             dead_backend: self.dead_backend,
+            kept: self.kept,
+            closing: self.closing,
+            makes: self.makes,
             // The program asks for the way before it looks at the size.
-            unresolved: waits || dropped.contains(&Reason::TooBig),
+            unresolved: waits
+                || dropped.contains(&Reason::TooBig)
+                || self.kept && dropped.contains(&Reason::NoRoute),
             dropped,
         }
     }

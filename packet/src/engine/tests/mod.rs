@@ -6,6 +6,7 @@ mod beside;
 mod choice;
 mod fragments;
 mod icmp;
+mod kept;
 mod limits;
 mod modes;
 mod robust;

@@ -1,11 +1,42 @@
-//! Flows that were taken over from another node, and what is told to other nodes of one's own.
+//! Flows that were taken over from another node or made by a program, and what is told to other nodes of one's own.
+
+use std::time::Duration;
 
 use crate::plan::Protocol;
 use crate::time::BootTime;
 
-use super::{Flow, FlowId, FlowTable, Inserted, NewFlow, Progress, TableFull};
+use super::{Flow, FlowId, FlowTable, Inserted, NewFlow, Progress, TableFull, Touched, VERSIONS};
 
 impl FlowTable {
+    /// Notes the version of a flow that a program has just made.
+    ///
+    /// # Panics
+    /// The flow has been removed.
+    pub fn set_version(&mut self, id: FlowId, version: u8) {
+        self.entries.get_mut(id.0).version = version % VERSIONS;
+    }
+
+    /// Follows a change of a flow's state that a program has made because of a segment that came at `at`; what it did. `None`: what is
+    /// known is as new, or there is no such state.
+    ///
+    /// # Panics
+    /// The flow has been removed.
+    pub fn follow(
+        &mut self,
+        id: FlowId,
+        bits: u8,
+        version: u8,
+        idle: Duration,
+        at: BootTime,
+    ) -> Option<Touched> {
+        let ahead = version.wrapping_sub(self.entries.get(id.0).version) % VERSIONS;
+        if ahead == 0 || ahead >= VERSIONS / 2 {
+            return None;
+        }
+        let after = Progress::from_bits(bits, true, Protocol::Tcp)?;
+        Some(self.change(id, after, ahead, idle, at))
+    }
+
     /// Remembers a flow whose names are both new as another node remembers it: in the state that `bits` stand for
     /// ([`Flow::progress_bits`]), under the `mark` of the sending that it came with. `None`: there is no such state.
     ///

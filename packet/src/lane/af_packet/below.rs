@@ -1,5 +1,8 @@
 //! The seam to a program in the kernel that handles most frames before they reach this lane.
 
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
 use crate::engine::{Engine, Port, PortConfig};
 use crate::lane::{Counters, LaneError};
 use crate::time::BootTime;
@@ -24,11 +27,22 @@ pub trait Below: Send {
     /// What was in force in the program stays.
     fn install(&mut self, engine: &Engine, hops: &Hops) -> Result<(), LaneError>;
 
+    /// Has the engine learn what the program did with flows so far. Called before each frame and whenever flows are asked for or
+    /// forgotten; costs next to nothing when there is no news.
+    fn learn(&mut self, engine: &mut Engine, now: BootTime);
+
+    /// Called before the engine's thread sleeps: how long at most; `None`: as long as it likes, for news will wake it by
+    /// [`Below::wakes`].
+    fn doze(&mut self, now: BootTime) -> Option<Duration>;
+
+    /// Readable when there is news; `None` while nobody has to wait for it.
+    fn wakes(&self) -> Option<BorrowedFd<'_>>;
+
     /// The kernel's routes or neighbours have changed.
     fn hops_changed(&mut self, engine: &Engine, hops: &Hops, now: BootTime);
 
     /// Does what is due.
-    fn attend(&mut self, engine: &Engine, hops: &Hops, now: BootTime);
+    fn attend(&mut self, engine: &mut Engine, hops: &Hops, now: BootTime);
 
     /// When [`Below::attend`] has something to do next.
     fn next_deadline(&self) -> BootTime;

@@ -115,6 +115,7 @@ impl Worker {
 
     /// Everything that is not a frame that just came in.
     fn attend(&mut self, now: BootTime) {
+        self.learn(now);
         while let Ok(command) = self.commands.try_recv() {
             self.obey(command, now);
         }
@@ -132,7 +133,7 @@ impl Worker {
         if let Some(below) = &mut self.below
             && below.next_deadline() <= now
         {
-            below.attend(&self.engine, &self.hops, now);
+            below.attend(&mut self.engine, &self.hops, now);
         }
         for (index, address) in self.hops.take_stale() {
             self.net.use_neighbour(index, address);
@@ -142,6 +143,13 @@ impl Worker {
         }
         self.announce(now);
         self.flush();
+    }
+
+    /// Has the engine learn what the program below did with flows.
+    fn learn(&mut self, now: BootTime) {
+        if let Some(below) = &mut self.below {
+            below.learn(&mut self.engine, now);
+        }
     }
 
     /// Adds the announcements that are due to the batch.
@@ -194,12 +202,16 @@ impl Worker {
         }
         let revision = tables.revision();
         let before = Arc::clone(self.engine.tables());
+        // What the program did under the plan before names things by numbers that the next one but one may give to others.
+        self.learn(now);
         self.engine.swap(tables, now);
-        if let Some(below) = &mut self.below
-            && let Err(e) = below.install(&self.engine, &self.hops)
-        {
-            self.engine.swap(before, now);
-            return Err(e);
+        if let Some(below) = &mut self.below {
+            let installed = below.install(&self.engine, &self.hops);
+            below.learn(&mut self.engine, now);
+            if let Err(e) = installed {
+                self.engine.swap(before, now);
+                return Err(e);
+            }
         }
         self.interest = interest;
         for socket in self.sockets.iter().flatten() {
@@ -339,6 +351,10 @@ impl Worker {
                 self.stats.truncated += 1;
                 continue;
             }
+            // All that the program did before it left this frame.
+            if let Some(below) = &mut self.below {
+                below.learn(&mut self.engine, now);
+            }
             let (head, bytes) = socket.ring().parts(&slot);
             let Some(offload) = offload::decode(head) else {
                 self.engine.count_drop(Reason::BadOffload);
@@ -410,11 +426,16 @@ impl Worker {
         .flatten()
         .min()
         .map_or(LONGEST_SLEEP, |t| t.since(now).min(LONGEST_SLEEP));
-        let mut fds = Vec::with_capacity(2 + Port::COUNT);
+        let doze = self.below.as_mut().and_then(|b| b.doze(now));
+        let deadline = doze.map_or(deadline, |most| most.min(deadline));
+        let mut fds = Vec::with_capacity(3 + Port::COUNT);
         fds.push(PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN));
         fds.push(PollFd::new(self.net.published(), PollFlags::POLLIN));
         for socket in self.sockets.iter().flatten() {
             fds.push(PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+        }
+        if let Some(news) = self.below.as_ref().and_then(|b| b.wakes()) {
+            fds.push(PollFd::new(news, PollFlags::POLLIN));
         }
         // An interrupted sleep is a short one.
         let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(deadline)), None);

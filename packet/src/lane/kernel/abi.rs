@@ -19,6 +19,12 @@ pub unsafe trait Plain: Copy + 'static {
         // SAFETY: every bit pattern is valid.
         unsafe { std::mem::zeroed() }
     }
+
+    /// From as many bytes; `None` when they are not.
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        // SAFETY: so many bytes are there, they may be unaligned, and every bit pattern is valid.
+        (bytes.len() == size_of::<Self>()).then(|| unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) })
+    }
 }
 
 // SAFETY: integers and arrays of them.
@@ -135,7 +141,7 @@ plain! {
         kind: u8,
     }
     /// `struct record`: what stands at a place.
-    Record: 64 {
+    Record: 96 {
         /// VIP group.
         group: u32,
         /// Number of the service's state.
@@ -162,8 +168,14 @@ plain! {
         vip_port: [u8; 2],
         /// Zero.
         reserved0: u16,
+        /// The service's cluster-wide number.
+        id: u32,
+        /// A closing flow that was silent for so long is not opened again by the program, in nanoseconds.
+        reopen: u64,
+        /// The one SNAT address of a service with [`RECORD_MAKES`].
+        snat: [u8; 16],
         /// Zero.
-        reserved: [u32; 3],
+        reserved: [u64; 2],
     }
     /// `struct place_entry`: a cell of a generation's table.
     PlaceEntry: 128 {
@@ -175,8 +187,6 @@ plain! {
         reserved0: u64,
         /// What is to be known of it.
         record: Record,
-        /// Zero.
-        reserved: [u64; 4],
     }
     /// `struct slot_line`: sixteen slots of a Maglev table.
     SlotLine: 64 {
@@ -197,8 +207,12 @@ plain! {
         reserved0: u8,
         /// Number of its service's state.
         service: u32,
+        /// Its cluster-wide number.
+        id: u32,
         /// Zero.
-        reserved: [u64; 4],
+        reserved1: u32,
+        /// Zero.
+        reserved: [u64; 3],
     }
     /// `struct service`, by the number of the engine's state.
     ServiceCell: 64 {
@@ -252,10 +266,10 @@ plain! {
         last_seen: u64,
         /// Number of the backend's state.
         backend: u32,
-        /// `FLOW_*`.
+        /// `FLOW_*`, and above them the version.
         flags: u8,
-        /// Zero.
-        reserved: u8,
+        /// Of a kept flow [`crate::flow::Flow::progress_bits`].
+        progress: u8,
         /// SNAT port in network order.
         snat_port: [u8; 2],
         /// SNAT address.
@@ -352,8 +366,38 @@ plain! {
         drops: [u64; TALLY_DROPS],
         /// In the order of [`Up::ALL`].
         up: [u64; TALLY_UP],
+        /// Flows made.
+        made: u64,
         /// Zero.
-        reserved: [u64; 24],
+        reserved: [u64; 23],
+    }
+    /// `struct grant`: how many flows a processor may have made since the program was loaded.
+    Grant: 64 {
+        /// So many.
+        most: u64,
+        /// Zero.
+        reserved: [u64; 7],
+    }
+    /// `struct news`: what happened to a kept flow.
+    News: 64 {
+        /// Its name.
+        flow: FlowKey,
+        /// Nanoseconds of `CLOCK_BOOTTIME`.
+        now: u64,
+        /// Number of the backend's state.
+        backend: u32,
+        /// Of [`FlowCell`].
+        flags: u8,
+        /// Of [`FlowCell`].
+        progress: u8,
+        /// SNAT port in network order.
+        snat_port: [u8; 2],
+        /// SNAT address.
+        snat: [u8; 16],
+        /// Processor.
+        cpu: u32,
+        /// `NEWS_*`.
+        kind: u32,
     }
 }
 
@@ -381,6 +425,10 @@ pub const CONFIG_BOUND_COMPLETE: u32 = 1;
 pub const CONFIG_THROUGH_V4: u32 = 2;
 /// There are nat-transparent services of IPv6.
 pub const CONFIG_THROUGH_V6: u32 = 4;
+/// The tables of flows are being replaced: the program writes nothing but `last_seen` into them.
+pub const CONFIG_FROZEN: u32 = 8;
+/// The next piece of news wakes who waits for it.
+pub const CONFIG_WAKE: u32 = 16;
 
 /// A VIP with port and protocol.
 pub const KIND_SERVICE: u8 = 0;
@@ -408,6 +456,8 @@ pub const RECORD_TRACKS_ALL: u16 = 0x0004;
 pub const RECORD_KEEP: u16 = 0x0008;
 /// Everything for this service goes up.
 pub const RECORD_UP: u16 = 0x0010;
+/// New flows are made by the program.
+pub const RECORD_MAKES: u16 = 0x0020;
 /// Clients use the address.
 pub const RECORD_VIP: u16 = 0x0100;
 /// Backends route through it.
@@ -440,6 +490,15 @@ pub const SERVICE_CONCLUSIVE: u32 = 4;
 pub const FLOW_STEADY: u8 = 0x01;
 /// Its backend knows it by a SNAT address and port.
 pub const FLOW_BOUND: u8 = 0x02;
+/// The program keeps its state.
+pub const FLOW_KEPT: u8 = 0x04;
+/// Above these flags: counts the changes of its state.
+pub const FLOW_VERSION_SHIFT: u32 = 3;
+
+/// [`News::kind`]: a flow was made, in the place of a closing one of the same name if there was one.
+pub const NEWS_OPENED: u32 = 0;
+/// [`News::kind`]: the state of a flow has changed.
+pub const NEWS_CHANGED: u32 = 1;
 
 /// An address as the maps hold it.
 pub fn wide(address: IpAddr) -> [u8; 16] {
@@ -602,5 +661,8 @@ ups! {
     Room = "room",
     /// The program lacks something that it needs: before the first plan.
     Unready = "unready",
+    /// A flow that the program could not write down: it may make no more for now, found no free port nearby or no room, or its flow
+    /// is another than it would make.
+    Note = "note",
 }
 const _: () = assert!(Up::ALL.len() <= TALLY_UP);

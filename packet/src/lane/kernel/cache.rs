@@ -1,6 +1,10 @@
 //! The program's copy of the flows that the engine remembers.
 //!
-//! Flows of full NAT are written only while they are steady: such a service remembers every flow, so a packet whose flow isn't
+//! TCP flows of full NAT with a lower SNAT port are *kept*: the program makes such flows itself (`packet/bpf/make.h`) and takes them
+//! through their states, so all of them are written, steady or not, and a name on the backend's side is theirs who writes it
+//! first. How many of them a flood can make is bounded by the engine (`engine/kept.rs`).
+//!
+//! Other flows of full NAT are written only while they are steady: such a service remembers every flow, so a packet whose flow isn't
 //! found goes up anyway, and a flood of SYNs writes nothing. Other services' flows are all written, steady or not: only then
 //! can the program know that a flow is *not* remembered, and forward it by hash. A service of which a flow could not be
 //! written (no room) is not conclusive any more until it remembers none.
@@ -11,11 +15,15 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::abi::{self, BoundCell, BoundKey, FlowCell, FlowKey};
+use super::abi::{self, BoundCell, BoundKey, FlowCell, FlowKey, Plain};
 use super::program::{Maps, Memory};
-use crate::engine::FlowCache;
-use crate::flow::Flow;
+use crate::engine::{FlowCache, Reservation, SNAT_PORT_UPPER};
+use crate::flow::{BackendSide, ClientSide, Flow};
 use crate::time::BootTime;
+use crate::wire::proto;
+
+/// Number of no service's state.
+const NOBODY: u32 = u32::MAX;
 
 /// Places of the counts in a [`Filter`]: the upper bits of a hash.
 const HASH_BITS: u32 = 16;
@@ -90,8 +98,11 @@ impl Cache {
         let client = flow.client_side();
         let bound = flow.backend_side();
         let key = FlowKey::from(&client);
-        let steady = if flow.is_steady() { abi::FLOW_STEADY } else { 0 };
-        let flags = steady | if bound.is_some() { abi::FLOW_BOUND } else { 0 };
+        let flag = |on: bool, flag: u8| if on { flag } else { 0 };
+        let kept = is_kept(flow);
+        let flags = flag(flow.is_steady(), abi::FLOW_STEADY)
+            | flag(bound.is_some(), abi::FLOW_BOUND)
+            | flag(kept, abi::FLOW_KEPT);
         if !is_written(flow) {
             return self.erase(flow);
         }
@@ -110,8 +121,8 @@ impl Cache {
         let cell = FlowCell {
             last_seen: flow.last_seen().0,
             backend: flow.backend,
-            flags,
-            reserved: 0,
+            flags: flags | flag(kept, flow.version() << abi::FLOW_VERSION_SHIFT),
+            progress: flag(kept, flow.progress_bits()),
             snat_port: bound.map_or([0; 2], |b| b.snat_port.to_be_bytes()),
             snat: bound.map_or([0; 16], |b| abi::wide(b.snat)),
         };
@@ -138,9 +149,14 @@ impl Cache {
     }
 }
 
+/// Whether the program keeps the flow's state.
+fn is_kept(flow: &Flow) -> bool {
+    flow.bound_port().is_some_and(|(protocol, port)| protocol == proto::TCP && port < SNAT_PORT_UPPER)
+}
+
 /// Whether the program knows a flow that is as this one is now.
 fn is_written(flow: &Flow) -> bool {
-    flow.is_steady() || flow.backend_side().is_none()
+    flow.is_steady() || flow.bound_port().is_none() || is_kept(flow)
 }
 
 impl FlowCache for Cache {
@@ -171,6 +187,44 @@ impl FlowCache for Cache {
             tracing::warn!(%error, "a flow could not be taken from the program");
         }
         self.discount(flow, hash);
+    }
+
+    fn keeps(&self, flow: &Flow) -> bool {
+        is_kept(flow)
+    }
+
+    fn reserve(&mut self, name: &BackendSide) -> Reservation {
+        // A packet that finds it finds no flow behind it, and goes up.
+        let cell = BoundCell { flags: abi::FLOW_BOUND | abi::FLOW_KEPT, service: NOBODY, ..BoundCell::zeroed() };
+        match self.maps.reserve_bound(&BoundKey::from(name), &cell) {
+            Ok(true) => Reservation::Made,
+            Ok(false) => Reservation::Taken,
+            Err(error) => {
+                tracing::debug!(%error, "a SNAT port could not be reserved in the program");
+                Reservation::NoRoom
+            }
+        }
+    }
+
+    fn release(&mut self, name: &BackendSide) {
+        if let Err(error) = self.maps.remove_bound(&BoundKey::from(name)) {
+            tracing::warn!(%error, "a SNAT port could not be given back in the program");
+        }
+    }
+
+    fn made(&mut self, flow: &Flow, hash: u32) {
+        self.count(flow, hash);
+    }
+
+    fn replaced(&mut self, flow: &Flow, hash: u32) {
+        self.discount(flow, hash);
+    }
+
+    fn refuse(&mut self, client: &ClientSide, backend: &BackendSide) {
+        if let Err(error) = self.maps.remove_flow(&FlowKey::from(client)) {
+            tracing::warn!(%error, "a flow could not be taken from the program");
+        }
+        self.release(backend);
     }
 
     fn last_seen(&self, flow: &Flow) -> Option<BootTime> {

@@ -11,6 +11,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::abi::{
     self, BackendCell, Hop, Place, PlaceEntry, Plain, Record, SLOTS_PER_LINE, ServiceCell, SlotLine,
@@ -18,10 +19,11 @@ use super::abi::{
 use super::places::Layout;
 use super::program::{KernelError, MAX_TABLES, Maps};
 use super::sys::{self, Mapped};
-use crate::engine::{Engine, OwnedAddress, Port};
+use crate::engine::{Engine, OwnedAddress, Port, SNAT_PORT_MIN, SNAT_PORT_UPPER};
+use crate::flow::CLOSED_IDLE;
 use crate::hash;
 use crate::maglev::Maglev;
-use crate::plan::{DeadBackend, Mode, Scheduler};
+use crate::plan::{DeadBackend, Mode, Protocol, Scheduler};
 use crate::tables::{Service, Table, Tables};
 
 /// What a generation is made of: the tables in force with the engine's numbers for them.
@@ -108,6 +110,9 @@ impl Filled {
 /// An entry of `generation` that no program looks at: it is written to wait for them.
 const WAITING_ENTRY: u32 = 2;
 
+/// The program opens no closing flow again that the engine may forget within so long: by then it has learned of it.
+const REOPEN_MARGIN: Duration = Duration::from_secs(1);
+
 /// Tables written at once: each holds a descriptor until then.
 const BATCH: usize = 128;
 
@@ -156,6 +161,7 @@ impl Filler {
                         port: backend.port.to_be_bytes(),
                         flags: abi::BACKEND_IN_PLAN | alive,
                         service: number,
+                        id: backend.id,
                         ..BackendCell::zeroed()
                     };
                     self.maps.set_backend(n, &cell);
@@ -170,7 +176,12 @@ impl Filler {
                 None => self.write_tables(&mut writer, service, pairs, &mut installed)?,
             };
             installed.without_room += usize::from(tables.is_none());
-            entries.push((service_place(service), record(service, number, tables.as_ref())));
+            let mut record = record(service, number, tables.as_ref());
+            if let Some(snat) = made_from(&snapshot.tables, service, tables.is_some()) {
+                record.flags |= abi::RECORD_MAKES;
+                record.snat = abi::wide(snat);
+            }
+            entries.push((service_place(service), record));
             if service.mode == Mode::NatTransparent {
                 answers(service, number, numbers, fits, &mut entries);
             }
@@ -414,8 +425,27 @@ fn record(service: &Service, number: u32, tables: Option<&Filled>) -> Record {
         base_size: base.map_or(0, |b| b.1),
         vip: abi::wide(service.vip),
         vip_port: service.port.to_be_bytes(),
+        id: service.id,
+        reopen: CLOSED_IDLE.min(service.idle).saturating_sub(REOPEN_MARGIN).as_nanos() as u64,
         ..Record::zeroed()
     }
+}
+
+/// The SNAT address of a service whose new flows the program makes: full NAT over TCP, the backend chosen by hash, one address that has
+/// all the lower ports for it.
+fn made_from(tables: &Tables, service: &Service, fits: bool) -> Option<IpAddr> {
+    let hashed = matches!(service.scheduler, Scheduler::Maglev | Scheduler::SourceIp);
+    if !fits || !hashed || service.mode != Mode::Nat || service.protocol != Protocol::Tcp {
+        return None;
+    }
+    let &[snat] = service.snat.as_slice() else { return None };
+    let taken = |s: &Service| {
+        s.vip == snat
+            && s.protocol == Protocol::Tcp
+            && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
+    };
+    let taken = tables.owned(snat).is_some_and(|o| o.vip) && tables.services().iter().any(taken);
+    (!taken).then_some(snat)
 }
 
 /// The places that answers of a `nat-transparent` service come from.

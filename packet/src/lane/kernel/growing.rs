@@ -3,15 +3,17 @@
 //! The kernel's hash maps are as wide as the most that they may ever hold. A million flows' map is 16 MB of buckets, and with ten
 //! thousand of them in it nearly every packet finds its bucket neither in the processor's caches nor its address in the
 //! translation buffer: that was most of what a packet of full NAT cost. So the map that the program looks into begins small, and
-//! when it is full a larger one takes its place, with all that was in it.
+//! when it is full a larger one takes its place, with all that was in it. The program writes nothing into it meanwhile
+//! ([`abi::CONFIG_FROZEN`]): what would have to be written goes up and waits.
 
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::abi::Plain;
-use super::sys;
+use super::abi::{self, Config, Plain};
+use super::program::set_flags;
+use super::sys::{self, Mapped};
 
 /// How many times larger the next one is. It is written while packets that come up wait: 1 µs for an entry.
 const GROWTH: u32 = 4;
@@ -26,6 +28,7 @@ pub(super) struct Growing<K, V> {
     name: &'static str,
     inner: Mutex<Inner>,
     most: u32,
+    config: Arc<Mapped<Config>>,
     of: PhantomData<fn() -> (K, V)>,
 }
 
@@ -40,14 +43,14 @@ impl<K: Plain, V: Plain> Growing<K, V> {
     pub(super) fn new(
         outer: OwnedFd,
         name: &'static str,
-        first: u32,
-        most: u32,
+        (first, most): (u32, u32),
+        config: Arc<Mapped<Config>>,
     ) -> io::Result<Growing<K, V>> {
         let room = first.min(most).max(1);
         let map = create::<K, V>(name, room)?;
         sys::update(outer.as_fd(), &0u32, &map.as_raw_fd(), 0)?;
         let inner = Mutex::new(Inner { map, room });
-        Ok(Growing { outer, name, inner, most: most.max(1), of: PhantomData })
+        Ok(Growing { outer, name, inner, most: most.max(1), config, of: PhantomData })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -57,6 +60,15 @@ impl<K: Plain, V: Plain> Growing<K, V> {
     /// Writes an entry. `E2BIG` when there are as many as there may be.
     pub(super) fn put(&self, key: &K, value: &V) -> io::Result<()> {
         self.write(|inner| sys::update(inner.map.as_fd(), key, value, 0))
+    }
+
+    /// Writes an entry unless there is one of that name; whether it was written. `E2BIG` as above.
+    pub(super) fn put_new(&self, key: &K, value: &V) -> io::Result<bool> {
+        match self.write(|inner| sys::update(inner.map.as_fd(), key, value, sys::UPDATE_NEW)) {
+            Ok(()) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// Writes many entries at once; some may have been written when it fails.
@@ -69,7 +81,10 @@ impl<K: Plain, V: Plain> Growing<K, V> {
         loop {
             match write(&inner) {
                 Err(e) if e.raw_os_error() == Some(libc::E2BIG) && inner.room < self.most => {
-                    *inner = self.larger(&inner)?;
+                    set_flags(&self.config, abi::CONFIG_FROZEN, abi::CONFIG_FROZEN);
+                    let larger = self.larger(&inner);
+                    set_flags(&self.config, abi::CONFIG_FROZEN, 0);
+                    *inner = larger?;
                 }
                 done => return done,
             }
@@ -81,6 +96,8 @@ impl<K: Plain, V: Plain> Growing<K, V> {
     fn larger(&self, inner: &Inner) -> io::Result<Inner> {
         let room = inner.room.saturating_mul(GROWTH).min(self.most);
         let map = create::<K, V>(self.name, room)?;
+        // A write to a map of maps returns when every program that ran before has ended (`Filler::swap`): none writes any more.
+        sys::update(self.outer.as_fd(), &0u32, &inner.map.as_raw_fd(), 0)?;
         let (mut keys, mut values) = (vec![K::zeroed(); BATCH], vec![V::zeroed(); BATCH]);
         let mut cursor = None;
         loop {

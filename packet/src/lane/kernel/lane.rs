@@ -56,7 +56,7 @@ impl KernelLane {
             };
             pins::mount_bpffs().map_err(system("find a place for what outlives the process"))?;
             pins::remove_defunct();
-            let kernel =
+            let mut kernel =
                 Kernel::load(hook, Sizes { flows, ..Sizes::default() }).map_err(|e| LaneError::System {
                     doing: format!("load the {} program", hook.as_str()),
                     source: std::io::Error::other(e),
@@ -74,7 +74,11 @@ impl KernelLane {
             let maps = loaded.insert(Arc::clone(kernel.maps()));
             let leases = LeaseBoard::shared(Arc::clone(maps) as Arc<dyn SharedCells>);
             let cache = Cache::new(Arc::clone(kernel.maps()));
-            let below = Sync::new(kernel, names, taps, links, told, net.clone());
+            let news = kernel.take_news().ok_or_else(|| LaneError::System {
+                doing: "listen to the program".to_owned(),
+                source: std::io::Error::other("somebody else does"),
+            })?;
+            let below = Sync::new(kernel, news, names, taps, links, told, net.clone());
             Ok(Parts { leases: Arc::new(leases), below: Some(Box::new(below)), cache: Some(Box::new(cache)) })
         })?;
         let maps = loaded.ok_or_else(|| LaneError::System {

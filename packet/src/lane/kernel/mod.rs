@@ -6,6 +6,7 @@
 //! | `lane` | [`KernelLane`]: the engine above the program |
 //! | `sync` | keeps the program as the engine is: ports, plans, counters |
 //! | `cache` | the program's copy of remembered flows |
+//! | [`news`] | what the program tells of the flows that it keeps, and how many it may make |
 //! | `ways` | routes and neighbours |
 //! | `attach`, `link`, `pins` | the program on its interfaces, and what outlives the process |
 //! | `tap` | how frames come up from the tc hook |
@@ -31,6 +32,7 @@ mod growing;
 pub mod harness;
 mod lane;
 mod link;
+pub mod news;
 mod pins;
 mod places;
 pub mod program;

@@ -6,15 +6,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use aya::maps::Map;
+use aya::maps::{Map, MapData, RingBuf};
 use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::{
-    self, BackendCell, BoundCell, BoundKey, Clock, Config, FilterLine, FlowCell, FlowKey, Hop, LeaseCell,
-    NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
+    self, BackendCell, BoundCell, BoundKey, Clock, Config, FilterLine, FlowCell, FlowKey, Grant, Hop,
+    LeaseCell, NeighbourKey, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
 use super::growing::Growing;
+use super::news::News;
 use super::sys::{self, Mapped, Ran};
 use super::ticks;
 use crate::drops::Reason;
@@ -54,7 +55,7 @@ pub struct Sizes {
     pub backends: u32,
     /// Services' states.
     pub services: u32,
-    /// Flows, about 150 bytes each and as many again for the other side of full NAT.
+    /// Flows, about 150 bytes each and as many again for the other side of full NAT. What goes beyond goes up.
     pub flows: u32,
     /// Flows that there is room for at first.
     pub first_flows: u32,
@@ -117,6 +118,7 @@ pub struct Kernel {
     hook: Hook,
     ebpf: Ebpf,
     maps: Arc<Maps>,
+    news: Option<News>,
 }
 
 /// The maps of a loaded program. All calls may come from any thread; two writers of one thing must agree.
@@ -131,7 +133,7 @@ pub struct Maps {
     routes: OwnedFd,
     neighbours: OwnedFd,
     host: OwnedFd,
-    config: Mapped<Config>,
+    config: Arc<Mapped<Config>>,
     backends: Mapped<BackendCell>,
     services: Mapped<ServiceCell>,
     filters: Mapped<FilterLine>,
@@ -140,6 +142,7 @@ pub struct Maps {
     traffic: Mapped<Traffic>,
     seen: Mapped<Seen>,
     tally: Mapped<Tally>,
+    grants: Mapped<Grant>,
 }
 
 impl Kernel {
@@ -161,21 +164,32 @@ impl Kernel {
             .map_max_entries("seen", sizes.backends)
             .map_max_entries("traffic", sizes.backends.saturating_mul(cpus))
             .map_max_entries("tally", cpus)
+            .map_max_entries("grants", cpus)
             .map_max_entries("services", sizes.services)
             .map_max_entries("routes", sizes.routes)
             .map_max_entries("neighbours", sizes.neighbours)
             .map_max_entries("host", MAX_HOST_ADDRESSES)
             .load(object)
             .map_err(|e| refused(words(&e)))?;
-        let maps = Maps::new(&mut ebpf, sizes, cpus)?;
-        let mut kernel = Kernel { hook, ebpf, maps: Arc::new(maps) };
+        let maps = Arc::new(Maps::new(&mut ebpf, sizes, cpus)?);
+        let mut kernel = Kernel { hook, ebpf, maps, news: None };
         match hook {
             Hook::Xdp => kernel.xdp().map(Xdp::load),
             Hook::Tc => kernel.tc().map(SchedClassifier::load),
         }
         .unwrap_or(Ok(()))
         .map_err(|e| refused(words(&e)))?;
+        // Mapped only after the program that writes into it is there.
+        let ring = kernel.ebpf.take_map("news").ok_or_else(|| io::Error::other("the object has no such map"));
+        let ring = ring.and_then(|map| RingBuf::<MapData>::try_from(map).map_err(io::Error::other));
+        let ring = ring.map_err(KernelError::map("open the ring \"news\""))?;
+        kernel.news = Some(News::new(ring, Arc::clone(&kernel.maps)));
         Ok(kernel)
+    }
+
+    /// What the program tells of its flows: once.
+    pub fn take_news(&mut self) -> Option<News> {
+        self.news.take()
     }
 
     /// Hook that it was loaded for.
@@ -265,17 +279,19 @@ impl Maps {
         };
         let made = || KernelError::map("make the maps of flows");
         let leases_fd = take("leases")?;
+        let config = Arc::new(mapped(&take("config")?, 1)?);
+        let growing = (sizes.first_flows, sizes.flows);
         Ok(Maps {
             sizes,
             cpus,
             generation: take("generation")?,
             slots: take("slots")?,
-            flows: Growing::new(take("flows")?, "flows", sizes.first_flows, sizes.flows).map_err(made())?,
-            bound: Growing::new(take("bound")?, "bound", sizes.first_flows, sizes.flows).map_err(made())?,
+            flows: Growing::new(take("flows")?, "flows", growing, Arc::clone(&config)).map_err(made())?,
+            bound: Growing::new(take("bound")?, "bound", growing, Arc::clone(&config)).map_err(made())?,
             routes: take("routes")?,
             neighbours: take("neighbours")?,
             host: take("host")?,
-            config: mapped(&take("config")?, 1)?,
+            config,
             backends: mapped(&take("backends")?, sizes.backends)?,
             services: mapped(&take("services")?, sizes.services)?,
             filters: mapped(&take("filters")?, abi::FILTERS * abi::FILTER_LINES)?,
@@ -284,6 +300,7 @@ impl Maps {
             traffic: mapped(&take("traffic")?, sizes.backends.saturating_mul(cpus))?,
             seen: mapped(&take("seen")?, sizes.backends)?,
             tally: mapped(&take("tally")?, cpus)?,
+            grants: mapped(&take("grants")?, cpus)?,
         }
         .with_config())
     }
@@ -338,13 +355,24 @@ impl Maps {
     }
 
     fn set_flags(&self, mask: u32, flags: u32) {
-        const AT: usize = std::mem::offset_of!(Config, flags);
-        const { assert!(AT.is_multiple_of(8), "the lower half of a word") };
-        if let Some(word) = self.config.word(0, AT) {
-            let change = |word: u64| Some(word & !u64::from(mask) | u64::from(flags));
-            // The closure never refuses.
-            let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        set_flags(&self.config, mask, flags);
+    }
+
+    /// Says whether the next piece of news is to wake who waits for it.
+    pub(super) fn set_wake(&self, wake: bool) {
+        self.set_flags(abi::CONFIG_WAKE, if wake { abi::CONFIG_WAKE } else { 0 });
+    }
+
+    /// Says how many flows a processor may have made since the program was loaded; more than before, or fewer.
+    pub fn set_grant(&self, cpu: u32, most: u64) {
+        if let Some(word) = self.grants.word(cpu, std::mem::offset_of!(Grant, most)) {
+            word.store(most, Ordering::Release);
         }
+    }
+
+    /// Processors that the program counts for.
+    pub fn cpus(&self) -> u32 {
+        self.cpus
     }
 
     /// Names the table that holds the plan: one word, so that no packet sees two plans.
@@ -505,6 +533,14 @@ impl Maps {
         self.bound.get(key)
     }
 
+    /// Writes the backend's side of a flow unless that name is taken; whether it was free.
+    ///
+    /// # Errors
+    /// As [`Maps::put_flow`].
+    pub fn reserve_bound(&self, key: &BoundKey, cell: &BoundCell) -> io::Result<bool> {
+        self.bound.put_new(key, cell)
+    }
+
     /// Removes the backend's side of a flow; `false` when it was not there.
     ///
     /// # Errors
@@ -650,6 +686,7 @@ impl Maps {
             add(&mut sum.events, &t.events);
             add(&mut sum.drops, &t.drops);
             add(&mut sum.up, &t.up);
+            sum.made += t.made;
         }
         sum
     }
@@ -672,6 +709,17 @@ impl Tally {
     }
 }
 
+/// Changes flags of the configuration.
+pub(super) fn set_flags(config: &Mapped<Config>, mask: u32, flags: u32) {
+    const AT: usize = std::mem::offset_of!(Config, flags);
+    const { assert!(AT.is_multiple_of(8), "the lower half of a word") };
+    if let Some(word) = config.word(0, AT) {
+        let change = |word: u64| Some(word & !u64::from(mask) | u64::from(flags));
+        // The closure never refuses.
+        let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+    }
+}
+
 fn route_key(network: IpAddr, prefix_len: u8) -> RouteKey {
     let bits = u32::from(prefix_len) + if network.is_ipv4() { 96 } else { 0 };
     RouteKey { prefix_len: bits.min(128), address: abi::wide(network) }
@@ -688,7 +736,8 @@ pub(super) fn descriptor(map: &Map) -> io::Result<OwnedFd> {
         | Map::HashMap(data)
         | Map::LpmTrie(data)
         | Map::ArrayOfMaps(data)
-        | Map::ProgramArray(data) => data,
+        | Map::ProgramArray(data)
+        | Map::RingBuf(data) => data,
         _ => return Err(io::Error::other("a map of another type than the program's source says")),
     };
     data.fd().as_fd().try_clone_to_owned()

@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::abi::{self, Hop};
 use super::attach::Attached;
 use super::fill::{Filler, Snapshot};
+use super::news::News;
 use super::program::{Kernel, Maps};
 use super::tap::Tap;
 use super::ways::Ways;
@@ -35,6 +37,7 @@ const CONFIRM_AT_ONCE: usize = 32;
 pub struct Sync {
     kernel: Kernel,
     maps: Arc<Maps>,
+    news: News,
     filler: Filler,
     names: [Option<String>; Port::COUNT],
     taps: [Option<Tap>; Port::COUNT],
@@ -61,6 +64,7 @@ impl Sync {
     /// Nothing is attached before [`Below::follow`].
     pub fn new(
         kernel: Kernel,
+        news: News,
         names: [Option<String>; Port::COUNT],
         taps: [Option<Tap>; Port::COUNT],
         links: bool,
@@ -73,6 +77,7 @@ impl Sync {
             ways: Ways::new(Arc::clone(&maps)),
             kernel,
             maps,
+            news,
             names,
             taps,
             attached: [None, None],
@@ -218,6 +223,18 @@ impl Below for Sync {
         })
     }
 
+    fn learn(&mut self, engine: &mut Engine, now: BootTime) {
+        self.news.learn(engine, now);
+    }
+
+    fn doze(&mut self, now: BootTime) -> Option<Duration> {
+        self.news.doze(now)
+    }
+
+    fn wakes(&self) -> Option<BorrowedFd<'_>> {
+        self.news.wakes()
+    }
+
     fn hops_changed(&mut self, engine: &Engine, hops: &Hops, _now: BootTime) {
         let port_of = |index: u32| PORTS.into_iter().find(|p| hops.index(*p) == Some(index));
         if let Err(error) = self.ways.update(hops.snapshot(), port_of) {
@@ -232,7 +249,8 @@ impl Below for Sync {
         }
     }
 
-    fn attend(&mut self, engine: &Engine, hops: &Hops, now: BootTime) {
+    fn attend(&mut self, engine: &mut Engine, hops: &Hops, now: BootTime) {
+        self.news.grant(engine, now);
         if self.again
             && let Err(error) = self.fill(engine, hops)
         {

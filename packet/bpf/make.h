@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
+/*
+ * Kept flows: TCP flows of full NAT that are made here and whose states are kept here (FLOW_KEPT). The engine learns of both by the ring
+ * `news`, ages and forgets them; it alone takes them out of the maps.
+ *
+ *   - A port below SNAT_PORT_UPPER belongs to whoever first puts it into `bound` for its backend, program or engine; those above are
+ *     the engine's. The candidates are those of `src/engine/nat.rs`, so that another node derives the same.
+ *   - So many flows are made as user space has granted the processor: how many it has room for, of them half-open ones. Beyond that,
+ *     in a flood, SYNs go up as if nothing were made here.
+ *   - Nothing is written that is not told: without room for the news the packet goes up.
+ *   - State, flags and port of a flow are one word, changed by compare and exchange. Its version tells user space which of two pieces of
+ *     news of different processors is the later one.
+ *   - The backend's side has a copy of FLOW_STEADY, so that plain answers need not look for the client's side.
+ */
+#ifndef KOMAINU_MAKE_H
+#define KOMAINU_MAKE_H
+
+#include "select.h"
+
+/* Ports that are tried before a SYN goes up. */
+#define MAKE_PROBES 16
+/* Tries to change a flow that others change too. */
+#define CHANGE_TRIES 4
+#define EEXIST 17
+
+#define WORD_FLAGS(word) ((word) & 0xff)
+#define WORD_PROGRESS(word) ((word) >> 8 & 0xff)
+
+INLINE u32 *word_of(struct flow *f)
+{
+    return (u32 *)&f->flags;
+}
+
+/* A flow's word with another state: the next version. */
+INLINE u32 word_with(u32 word, u32 progress)
+{
+    u32 flags = (WORD_FLAGS(word) & ~FLOW_STEADY) + (1 << FLOW_VERSION_SHIFT);
+    if (is_steady(progress))
+        flags |= FLOW_STEADY;
+    return (word & 0xffff0000) | progress << 8 | (flags & 0xff);
+}
+
+/* By words of four bytes: keys on the stack are aligned to no more. */
+INLINE void copy_address(u8 *to, const void *from)
+{
+    const u32 *words = from;
+    ((u32 *)to)[0] = words[0];
+    ((u32 *)to)[1] = words[1];
+    ((u32 *)to)[2] = words[2];
+    ((u32 *)to)[3] = words[3];
+}
+
+/* Hands over a piece of news that is complete. The flow has been written: a barrier, so a sleeper is not overlooked. */
+INLINE void tell(const struct config *c, struct news *n)
+{
+    ring_submit(n, READ_ONCE(c->flags) & CONFIG_WAKE ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+}
+
+/* Room for news of a flow that is made, if one may be. */
+INLINE struct news *may_make(const struct config *c, const struct tally *t)
+{
+    u32 cpu = cpu_id();
+    struct grant *g = map_lookup(&grants, &cpu);
+    if (!g || t->made >= READ_ONCE(g->most) || READ_ONCE(c->flags) & CONFIG_FROZEN)
+        return 0;
+    return ring_reserve(&news, sizeof(struct news), 0);
+}
+
+/* Number of the first candidate's port. */
+INLINE u32 first_port(const struct packet *p, const struct record *r, const struct backend *b)
+{
+    u32 hash = is_mapped((const u32 *)r->snat) ? hash_snat(HASH_SEED, 0, p->src, p->src_port, r->id, b->id)
+                                               : hash_snat(HASH_SEED, 1, p->src, p->src_port, r->id, b->id);
+    return hash_scale(hash, SNAT_PORT_UPPER - SNAT_PORT_MIN);
+}
+
+/* Makes a flow for a SYN. Its SNAT port in network order; 0: the engine is to do it. */
+static __attribute__((noinline)) u32 make_flow(const struct packet *p, const struct record *r, u32 number, u64 now)
+{
+    u32 zero = 0;
+    struct config *c = map_lookup(&config, &zero);
+    struct tally *t = own_tally();
+    struct backend *b = map_lookup(&backends, &number);
+    void *flow_table = map_lookup(&flows, &zero), *bound_table = map_lookup(&bound, &zero);
+    if (!c || !t || !b || !flow_table || !bound_table)
+        return 0;
+    struct news *n = may_make(c, t);
+    if (!n)
+        return 0;
+
+    struct bound_key answers = {};
+    copy_address(answers.backend, b->address);
+    copy_address(answers.snat, r->snat);
+    answers.backend_port = b->port;
+    answers.protocol = PROTO_TCP;
+    struct bound other = {.last_seen = now, .backend = number, .service = r->service, .flags = FLOW_BOUND | FLOW_KEPT};
+    copy_address(other.client, p->src);
+    other.client_port = p->src_port;
+    u32 at = first_port(p, r, b), port = 0;
+    for (int i = 0; i < MAKE_PROBES; i++) {
+        answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
+        long failed = map_update(bound_table, &answers, &other, BPF_NOEXIST);
+        if (!failed) {
+            port = answers.snat_port;
+            break;
+        }
+        if (failed != -EEXIST)
+            break;
+        at = at + 1 < SNAT_PORT_UPPER - SNAT_PORT_MIN ? at + 1 : 0;
+    }
+    if (!port) {
+        ring_discard(n, 0);
+        return 0;
+    }
+    struct flow_key name = {};
+    copy_address(name.client, p->src);
+    name.service = r->service;
+    name.client_port = p->src_port;
+    struct flow flow = {.last_seen = now, .backend = number, .flags = FLOW_BOUND | FLOW_KEPT, .progress = STATE_SYN_SENT};
+    flow.snat_port = (u16)port;
+    copy_address(flow.snat, r->snat);
+    if (map_update(flow_table, &name, &flow, BPF_NOEXIST)) {
+        /* Another processor has another SYN of it, or there is no room. */
+        map_delete(bound_table, &answers);
+        ring_discard(n, 0);
+        return 0;
+    }
+    t->made++;
+    n->flow = name;
+    n->now = now;
+    n->backend = number;
+    n->flags = flow.flags;
+    n->progress = flow.progress;
+    n->snat_port = (u16)port;
+    copy_address(n->snat, r->snat);
+    n->cpu = cpu_id();
+    n->kind = NEWS_OPENED;
+    tell(c, n);
+    return port;
+}
+
+/* The backend's side of a flow. */
+INLINE struct bound *other_side(const struct flow *f)
+{
+    u32 zero = 0, number = f->backend;
+    struct backend *b = map_lookup(&backends, &number);
+    void *table = map_lookup(&bound, &zero);
+    if (!b || !table)
+        return 0;
+    struct bound_key answers = {};
+    copy_address(answers.backend, b->address);
+    copy_address(answers.snat, f->snat);
+    answers.backend_port = b->port;
+    answers.snat_port = f->snat_port;
+    answers.protocol = PROTO_TCP;
+    return map_lookup(table, &answers);
+}
+
+/* The copy on the backend's side follows the flow, also where another processor has changed it meanwhile. */
+INLINE void copy_steadiness(struct bound *b, struct flow *f)
+{
+    u32 word = READ_ONCE(*word_of(f));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        WRITE_ONCE(b->flags, (u8)(FLOW_BOUND | FLOW_KEPT | (word & FLOW_STEADY)));
+        word = READ_ONCE(*word_of(f));
+    }
+}
+
+INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
+{
+    n->flow = *name;
+    n->now = now;
+    n->backend = f->backend;
+    n->flags = (u8)WORD_FLAGS(word);
+    n->progress = (u8)WORD_PROGRESS(word);
+    n->snat_port = f->snat_port;
+    copy_address(n->snat, f->snat);
+    n->cpu = cpu_id();
+    n->kind = kind;
+}
+
+/* A SYN opens a closing flow again, on the same backend and port: what the engine does when it forgets the flow and makes a new one, if
+ * that is its first candidate. 0: the engine is to do it. */
+static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct packet *p, const struct record *r, u64 now)
+{
+    u32 zero = 0, number = f->backend;
+    struct config *c = map_lookup(&config, &zero);
+    struct tally *t = own_tally();
+    struct backend *b = map_lookup(&backends, &number);
+    struct bound *other = other_side(f);
+    if (!c || !t || !b || !other)
+        return 0;
+    u32 before = READ_ONCE(*word_of(f));
+    u64 silent = now - READ_ONCE(f->last_seen);
+    /* The other processor's clock may be ahead. */
+    if (silent >> 63)
+        silent = 0;
+    if (silent >= r->reopen || !reopens(WORD_PROGRESS(before)))
+        return 0;
+    if (swap16((u16)(SNAT_PORT_MIN + first_port(p, r, b))) != f->snat_port)
+        return 0;
+    struct news *n = may_make(c, t);
+    if (!n)
+        return 0;
+    u32 after = word_with(before, STATE_SYN_SENT);
+    if (__sync_val_compare_and_swap(word_of(f), before, after) != before) {
+        ring_discard(n, 0);
+        return 0;
+    }
+    WRITE_ONCE(f->last_seen, now);
+    WRITE_ONCE(other->last_seen, now);
+    copy_steadiness(other, f);
+    t->made++;
+    struct flow_key name = {};
+    copy_address(name.client, p->src);
+    name.service = r->service;
+    name.client_port = p->src_port;
+    describe(n, &name, f, after, now, NEWS_OPENED);
+    tell(c, n);
+    return 1;
+}
+
+/* Takes note of a segment of a kept flow. 0: it could not be written or told, and the segment is the engine's. */
+INLINE int note_segment(struct flow *f, struct bound *other, const struct flow_key *name, u32 segment, u32 to_client, u64 now)
+{
+    u32 word = READ_ONCE(*word_of(f));
+    if (advance(WORD_PROGRESS(word), segment, to_client) == WORD_PROGRESS(word))
+        return 1;
+    u32 zero = 0;
+    struct config *c = map_lookup(&config, &zero);
+    if (!c || READ_ONCE(c->flags) & CONFIG_FROZEN)
+        return 0;
+    struct news *n = ring_reserve(&news, sizeof(*n), 0);
+    if (!n)
+        return 0;
+    for (int i = 0; i < CHANGE_TRIES; i++) {
+        u32 before = READ_ONCE(*word_of(f));
+        u32 progress = advance(WORD_PROGRESS(before), segment, to_client);
+        if (progress == WORD_PROGRESS(before)) {
+            ring_discard(n, 0);
+            return 1;
+        }
+        u32 after = word_with(before, progress);
+        if (__sync_val_compare_and_swap(word_of(f), before, after) == before) {
+            copy_steadiness(other, f);
+            describe(n, name, f, after, now, NEWS_CHANGED);
+            tell(c, n);
+            return 1;
+        }
+    }
+    ring_discard(n, 0);
+    return 0;
+}
+
+/* A client's segment. */
+static __attribute__((noinline)) int note_request(struct flow *f, const struct packet *p, u32 service, u64 now)
+{
+    struct bound *other = other_side(f);
+    if (!other)
+        return 0;
+    struct flow_key name = {};
+    copy_address(name.client, p->src);
+    name.service = service;
+    name.client_port = p->src_port;
+    return note_segment(f, other, &name, segment_of(p->flags), 0, now);
+}
+
+/* A backend's segment. */
+static __attribute__((noinline)) int note_answer(struct bound *b, const struct packet *p, u64 now)
+{
+    u32 zero = 0;
+    void *table = map_lookup(&flows, &zero);
+    if (!table)
+        return 0;
+    struct flow_key name = {};
+    copy_address(name.client, b->client);
+    name.service = b->service;
+    name.client_port = b->client_port;
+    struct flow *f = map_lookup(table, &name);
+    /* The client may have another flow by now, which is not yet known on both sides. */
+    if (!f || f->snat_port != p->dst_port || !(f->flags & FLOW_KEPT))
+        return 0;
+    return note_segment(f, b, &name, segment_of(p->flags), 1, now);
+}
+
+#endif

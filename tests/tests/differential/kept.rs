@@ -1,0 +1,144 @@
+//! Flows of full NAT over TCP that the program makes and keeps: no packet of an ordinary connection goes up, ports are given once
+//! and come back, and a flood of SYNs neither fills the program's maps nor shuts anybody out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use komainu_packet::engine::SNAT_PORT_UPPER;
+use komainu_packet::lane::kernel::program::Hook;
+use komainu_packet::plan::Mode;
+use komainu_tests::path::{Flags, Path, backend};
+
+const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
+/// `MAX_HALF_OPEN` of the engine.
+const HALF_OPEN: usize = 8192;
+/// Longer than any flow of a connection that has ended is remembered.
+const PAST_ENDS: Duration = Duration::from_secs(31);
+
+fn path(hook: Hook, backends: u8, max_flows: usize) -> Path {
+    let mut path = Path::new(Some(hook), Mode::Nat, max_flows);
+    path.install(&(1..=backends).map(backend).collect::<Vec<_>>());
+    path
+}
+
+/// Opens a connection, exchanges segments, ends it by FINs or an RST; as the backend saw its first segment.
+fn whole_connection(path: &mut Path, flow: u32, by_reset: bool) -> Vec<u8> {
+    let (_, syn) = path.request(flow, Flags::Syn).expect("the SYN passes");
+    path.answer(&syn, Flags::SynAck).expect("its answer");
+    for flags in [Flags::Ack, Flags::Ack] {
+        path.request(flow, flags).expect("the client's segment");
+        path.answer(&syn, Flags::Ack).expect("the backend's");
+    }
+    if by_reset {
+        path.request(flow, Flags::Rst).expect("the reset");
+    } else {
+        path.request(flow, Flags::Fin).expect("the client's FIN");
+        path.answer(&syn, Flags::Fin).expect("the backend's FIN");
+        path.request(flow, Flags::Ack).expect("the last segment");
+    }
+    syn
+}
+
+fn source(segment: &[u8]) -> (&[u8], &[u8]) {
+    (&segment[26..30], &segment[34..36])
+}
+
+#[test]
+fn no_packet_of_an_ordinary_connection_goes_up() {
+    for hook in HOOKS {
+        let mut path = path(hook, 3, 1 << 14);
+        for flow in 0..2000 {
+            whole_connection(&mut path, flow, flow % 2 == 0);
+        }
+        assert_eq!(path.went_up(), 0, "{hook:?}");
+        assert_eq!((path.remembered(), path.in_maps()), (2000, (2000, 2000)));
+    }
+}
+
+#[test]
+fn a_client_that_uses_its_port_again_has_a_new_connection_at_once() {
+    for hook in HOOKS {
+        let mut path = path(hook, 3, 1 << 14);
+        for flow in 0..500 {
+            let first = whole_connection(&mut path, flow, flow % 2 == 0);
+            let second = whole_connection(&mut path, flow, flow % 3 == 0);
+            assert_eq!(source(&first), source(&second), "{hook:?}: nothing has changed meanwhile");
+        }
+        // Those SYNs whose first candidate was another flow's port are the engine's.
+        assert!(path.went_up() <= 5, "{hook:?}: {}", path.went_up());
+        assert_eq!(path.remembered(), 500);
+        assert_eq!(path.new_flows(), 1000);
+        path.tick_after(PAST_ENDS);
+        assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
+    }
+}
+
+#[test]
+fn no_port_is_given_twice_and_all_come_back() {
+    for hook in HOOKS {
+        // More than there are lower ports: the engine gives the upper ones, and both find what the other has.
+        const FLOWS: u32 = 56_000;
+        let mut path = path(hook, 1, 1 << 17);
+        for flow in 0..FLOWS {
+            path.connect(flow);
+        }
+        let bindings = path.bindings();
+        assert_eq!(bindings.len(), FLOWS as usize);
+        let different: BTreeSet<(u32, SocketAddr)> = bindings.iter().copied().collect();
+        assert_eq!(different.len(), bindings.len(), "{hook:?}: a port was given twice");
+        let upper = bindings.iter().filter(|(_, snat)| snat.port() >= SNAT_PORT_UPPER).count();
+        assert!(upper > 0 && upper < 16_384, "{hook:?}: {upper}");
+        // What the backend sees is what the engine knows.
+        let known: BTreeMap<SocketAddr, u32> = bindings.iter().map(|(b, snat)| (*snat, *b)).collect();
+        for flow in (0..FLOWS).step_by(97) {
+            let (_, seen) = path.request(flow, Flags::Ack).expect("it goes on");
+            let (address, port) = source(&seen);
+            let octets: [u8; 4] = address.try_into().unwrap();
+            let snat = SocketAddr::from((octets, u16::from_be_bytes(port.try_into().unwrap())));
+            assert!(known.contains_key(&snat), "{hook:?}: flow {flow} leaves by {snat}");
+        }
+        for flow in 0..FLOWS {
+            path.request(flow, Flags::Rst).expect("the reset passes");
+        }
+        path.tick_after(PAST_ENDS);
+        assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
+        let before = path.went_up();
+        path.connect(0);
+        assert_eq!(path.went_up(), before, "{hook:?}");
+    }
+}
+
+#[test]
+fn a_flood_of_syns_fills_no_map_and_shuts_nobody_out() {
+    for hook in HOOKS {
+        const ESTABLISHED: u32 = 1000;
+        const FLOOD: u32 = 150_000;
+        let mut path = path(hook, 2, 1 << 18);
+        for flow in 0..ESTABLISHED {
+            path.connect(flow);
+        }
+        assert_eq!(path.went_up(), 0);
+        let mut others = ESTABLISHED;
+        for n in 0..FLOOD {
+            path.request(1_000_000 + n, Flags::Syn);
+            if n % 1000 == 0 {
+                // Somebody who means it.
+                path.connect(2_000_000 + n);
+                others += 1;
+            }
+        }
+        let (flows, bound) = path.in_maps();
+        let most = others as usize + HALF_OPEN;
+        assert!(flows <= most && bound <= most, "{hook:?}: {flows}, {bound} entries, {most} at most");
+        let before = path.went_up();
+        for flow in 0..ESTABLISHED {
+            path.next(flow).expect("what was established goes on");
+        }
+        assert_eq!(path.went_up(), before, "{hook:?}: without the engine");
+        path.tick_after(PAST_ENDS);
+        assert_eq!(path.remembered(), u64::from(others), "{hook:?}");
+        path.connect(3_000_000);
+        assert_eq!(path.went_up(), before, "{hook:?}: and afterwards all is as it was");
+    }
+}
