@@ -311,6 +311,14 @@ struct bound {
     u8 reserved[5];
 };
 
+/* Where a flow is put together: its keys and values are too much for the stack, and what nobody names stays 0. */
+struct scratch {
+    struct bound other;
+    struct flow flow;
+    struct bound_key answers;
+    struct flow_key name;
+};
+
 struct route_key {
     u32 prefix_len;
     u8 address[16];

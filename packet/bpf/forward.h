@@ -111,19 +111,21 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
             return VERDICT_DROP;
     } else {
         struct end src = {}, dst = {(const u32 *)b->address, b->port};
-        if (r->mode == MODE_NAT && !f) {
-            u32 port = make_flow(p, r, number, now);
-            if (!port)
-                return up(ctx, in, UP_NOTE);
-            src.address = (const u32 *)r->snat;
-            src.port = (u16)port;
-        } else if (r->mode == MODE_NAT) {
-            if (!(f->flags & FLOW_BOUND))
-                return up(ctx, in, UP_FLOW);
-            if (unlikely(deed) && !(deed == DEED_REOPEN ? reopen_flow(f, p, r, now) : note_request(f, p, r->service, now)))
-                return up(ctx, in, UP_NOTE);
-            src.address = (const u32 *)f->snat;
-            src.port = f->snat_port;
+        if (r->mode == MODE_NAT) {
+            if (f) {
+                if (!(f->flags & FLOW_BOUND))
+                    return up(ctx, in, UP_FLOW);
+                if (unlikely(deed) && !(deed == DEED_REOPEN ? reopen_flow(f, p, r, now) : note_request(f, p, r->service, now)))
+                    return up(ctx, in, UP_NOTE);
+                src.address = (const u32 *)f->snat;
+                src.port = f->snat_port;
+            } else {
+                u32 port = make_flow(p, r, number, now);
+                if (!port)
+                    return up(ctx, in, UP_NOTE);
+                src.address = (const u32 *)r->snat;
+                src.port = (u16)port;
+            }
         }
         int done = p->protocol == PROTO_TCP ? rewrite_ends(ctx, v6, 1, src, dst, hop, own)
                                             : rewrite_ends(ctx, v6, 0, src, dst, hop, own);

@@ -74,6 +74,19 @@ INLINE u32 first_port(const struct packet *p, const struct record *r, const stru
     return hash_scale(hash, SNAT_PORT_UPPER - SNAT_PORT_MIN);
 }
 
+INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
+{
+    n->flow = *name;
+    n->now = now;
+    n->backend = f->backend;
+    n->flags = (u8)WORD_FLAGS(word);
+    n->progress = (u8)WORD_PROGRESS(word);
+    n->snat_port = f->snat_port;
+    copy_address(n->snat, f->snat);
+    n->cpu = cpu_id();
+    n->kind = kind;
+}
+
 /* Makes a flow for a SYN. Its SNAT port in network order; 0: the engine is to do it. */
 static __attribute__((noinline)) u32 make_flow(const struct packet *p, const struct record *r, u32 number, u64 now)
 {
@@ -84,24 +97,29 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     void *flow_table = map_lookup(&flows, &zero), *bound_table = map_lookup(&bound, &zero);
     if (!c || !t || !b || !flow_table || !bound_table)
         return 0;
+    struct scratch *s = map_lookup(&scratch, &zero);
+    if (!s)
+        return 0;
     struct news *n = may_make(c, t);
     if (!n)
         return 0;
 
-    struct bound_key answers = {};
-    copy_address(answers.backend, b->address);
-    copy_address(answers.snat, r->snat);
-    answers.backend_port = b->port;
-    answers.protocol = PROTO_TCP;
-    struct bound other = {.last_seen = now, .backend = number, .service = r->service, .flags = FLOW_BOUND | FLOW_KEPT};
-    copy_address(other.client, p->src);
-    other.client_port = p->src_port;
+    copy_address(s->answers.backend, b->address);
+    copy_address(s->answers.snat, r->snat);
+    s->answers.backend_port = b->port;
+    s->answers.protocol = PROTO_TCP;
+    s->other.last_seen = now;
+    s->other.backend = number;
+    s->other.service = r->service;
+    s->other.flags = FLOW_BOUND | FLOW_KEPT;
+    copy_address(s->other.client, p->src);
+    s->other.client_port = p->src_port;
     u32 at = first_port(p, r, b), port = 0;
     for (int i = 0; i < MAKE_PROBES; i++) {
-        answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
-        long failed = map_update(bound_table, &answers, &other, BPF_NOEXIST);
+        s->answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
+        long failed = map_update(bound_table, &s->answers, &s->other, BPF_NOEXIST);
         if (!failed) {
-            port = answers.snat_port;
+            port = s->answers.snat_port;
             break;
         }
         if (failed != -EEXIST)
@@ -112,29 +130,23 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
         ring_discard(n, 0);
         return 0;
     }
-    struct flow_key name = {};
-    copy_address(name.client, p->src);
-    name.service = r->service;
-    name.client_port = p->src_port;
-    struct flow flow = {.last_seen = now, .backend = number, .flags = FLOW_BOUND | FLOW_KEPT, .progress = STATE_SYN_SENT};
-    flow.snat_port = (u16)port;
-    copy_address(flow.snat, r->snat);
-    if (map_update(flow_table, &name, &flow, BPF_NOEXIST)) {
+    copy_address(s->name.client, p->src);
+    s->name.service = r->service;
+    s->name.client_port = p->src_port;
+    s->flow.last_seen = now;
+    s->flow.backend = number;
+    s->flow.flags = FLOW_BOUND | FLOW_KEPT;
+    s->flow.progress = STATE_SYN_SENT;
+    s->flow.snat_port = (u16)port;
+    copy_address(s->flow.snat, r->snat);
+    if (map_update(flow_table, &s->name, &s->flow, BPF_NOEXIST)) {
         /* Another processor has another SYN of it, or there is no room. */
-        map_delete(bound_table, &answers);
+        map_delete(bound_table, &s->answers);
         ring_discard(n, 0);
         return 0;
     }
     t->made++;
-    n->flow = name;
-    n->now = now;
-    n->backend = number;
-    n->flags = flow.flags;
-    n->progress = flow.progress;
-    n->snat_port = (u16)port;
-    copy_address(n->snat, r->snat);
-    n->cpu = cpu_id();
-    n->kind = NEWS_OPENED;
+    describe(n, &s->name, &s->flow, *word_of(&s->flow), now, NEWS_OPENED);
     tell(c, n);
     return port;
 }
@@ -165,19 +177,6 @@ INLINE void copy_steadiness(struct bound *b, struct flow *f)
         WRITE_ONCE(b->flags, (u8)(FLOW_BOUND | FLOW_KEPT | (word & FLOW_STEADY)));
         word = READ_ONCE(*word_of(f));
     }
-}
-
-INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
-{
-    n->flow = *name;
-    n->now = now;
-    n->backend = f->backend;
-    n->flags = (u8)WORD_FLAGS(word);
-    n->progress = (u8)WORD_PROGRESS(word);
-    n->snat_port = f->snat_port;
-    copy_address(n->snat, f->snat);
-    n->cpu = cpu_id();
-    n->kind = kind;
 }
 
 /* A SYN opens a closing flow again, on the same backend and port: what the engine does when it forgets the flow and makes a new one, if

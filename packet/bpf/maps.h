@@ -175,6 +175,14 @@ struct {
     TYPE(value, struct grant);
 } grants SEC(".maps");
 
+/* Each processor has its own. */
+struct {
+    UINT(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    UINT(max_entries, 1);
+    TYPE(key, u32);
+    TYPE(value, struct scratch);
+} scratch SEC(".maps");
+
 /* What user space has to learn of flows, in bytes. */
 struct {
     UINT(type, BPF_MAP_TYPE_RINGBUF);

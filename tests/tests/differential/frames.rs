@@ -61,7 +61,7 @@ fn own_mac(port: Port) -> [u8; 6] {
 
 fn flags(rng: &mut Rng) -> u8 {
     // ACK, PSH|ACK, SYN, FIN|ACK, RST, SYN|ACK, anything.
-    match rng.weighted(&[50, 10, 18, 6, 5, 5, 3]) {
+    match rng.weighted(&[50, 10, 30, 8, 6, 6, 3]) {
         0 => 0x10,
         1 => 0x18,
         2 => 0x02,
@@ -96,7 +96,7 @@ fn request(rng: &mut Rng, plan: &Plan, super_frames: bool) -> Frame {
     let service = &plan.services[rng.below(plan.services.len() as u64) as usize];
     let v6 = service.vip.is_ipv6();
     let client = Place::Client(rng.below(3) as u8).address(v6);
-    let from = SocketAddr::new(client, 40_000 + rng.below(5) as u16);
+    let from = SocketAddr::new(client, 40_000 + rng.below(9) as u16);
     let mut to = SocketAddr::new(service.vip, service.port);
     if rng.one_in(25) {
         to.set_port(rng.of(&[80, 81, 8080, 1024, 22]));

@@ -103,6 +103,7 @@ fn is_odd_discovery(facts: &Facts<'_>) -> bool {
                 || facts.frame[ip.l4 + 24] != 1
                 || ip.src.is_multicast()
                 || facts.frame[ip.l4 + 26] & 1 != 0
+                || facts.frame[ip.l4 + 26..ip.l4 + 32] == [0; 6]
                 || matches!(facts.verdict, Verdict::Drop(_))
         }
         _ => true,

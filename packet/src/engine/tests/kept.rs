@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::*;
 use crate::engine::nat::MAX_HALF_OPEN;
 use crate::engine::{
-    FlowCache, FlowName, FlowNews, FlowOutbox, Kept, Port, Reservation, SNAT_PORT_UPPER,
+    FlowCache, FlowName, FlowNews, FlowOutbox, Kept, Port, Reservation, SNAT_PORT_UPPER, Verdict,
 };
 use crate::flow::{BackendSide, ClientSide, Direction, Flow, Segment, two_way_step};
 use crate::lane::FlowFilter;
