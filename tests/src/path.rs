@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use komainu_packet::checksum::{Sum, checksum};
 use komainu_packet::engine::{Engine, EngineConfig, FrameMut, Passed, Port, PortConfig, Verdict, compile};
+use komainu_packet::lane::FlowFilter;
 use komainu_packet::lane::kernel::abi::{Hop, LeaseCell};
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
-use komainu_packet::lane::FlowFilter;
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
 use komainu_packet::plan::{

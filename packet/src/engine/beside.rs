@@ -186,7 +186,11 @@ impl Core {
         self.half_open = self.half_open.saturating_sub(u32::from(is_half_open(flow)));
         if let Some(cache) = &mut self.cache {
             let hash = self.states.flow_hash(flow);
-            if replaced { cache.replaced(flow, hash) } else { cache.forget(flow, hash) }
+            if replaced {
+                cache.replaced(flow, hash)
+            } else {
+                cache.forget(flow, hash)
+            }
             if self.states.service(flow.service()).remembered == 0 {
                 cache.consult(flow.service(), false);
             }

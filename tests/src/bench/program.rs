@@ -181,7 +181,8 @@ impl Bed {
         let (mut floor, mut cost, mut slices) = (0.0, 0.0, 0);
         while made < flows {
             // Clients that are nobody else's, another for each SYN.
-            let bench = Bench { runs: 0, flows: 1 << 31, v4: u32::from(!self.v6), frame: new_packet(self.v6) };
+            let bench =
+                Bench { runs: 0, flows: 1 << 31, v4: u32::from(!self.v6), frame: new_packet(self.v6) };
             floor += run(harness, &bench, harness.program("nothing")?, MADE_AT_ONCE, XDP_TX)?;
             self.grant(u64::from(MADE_AT_ONCE));
             cost += run(harness, &bench, self.program()?, MADE_AT_ONCE, XDP_TX)?;

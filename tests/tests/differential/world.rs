@@ -329,7 +329,9 @@ impl World {
                 match (verdict, facts_before.mode) {
                     (Verdict::Reply { .. }, _) => "reply".to_owned(),
                     // The same bytes: the same SNAT address and port, too.
-                    (_, Some((Mode::Nat, true))) if facts_before.opens && rules::is_syn(&frame.bytes) => "leave request Nat, made".to_owned(),
+                    (_, Some((Mode::Nat, true))) if facts_before.opens && rules::is_syn(&frame.bytes) => {
+                        "leave request Nat, made".to_owned()
+                    }
                     (_, Some((mode @ Mode::Nat, _))) if learned > 0 => format!("leave {mode:?}, changed"),
                     (_, Some((mode, true))) => format!("leave request {mode:?}"),
                     (_, Some((mode, false))) => format!("leave answer {mode:?}"),
@@ -535,7 +537,13 @@ impl World {
             let told = flows.map(|f| (f.service, f.client, f.backend, f.snat, f.state));
             told.collect::<BTreeSet<_>>()
         };
-        assert_eq!(flows(&self.alone), flows(&self.beside), "history {} after frame {}", self.seed, self.frames);
+        assert_eq!(
+            flows(&self.alone),
+            flows(&self.beside),
+            "history {} after frame {}",
+            self.seed,
+            self.frames
+        );
         // Nothing stays behind of flows that were forgotten.
         let remembered = usize::try_from(self.beside.counters(now).flows).unwrap();
         let (flows, bound) = self.maps.count_flows().unwrap();
@@ -603,7 +611,10 @@ impl World {
         // What the program could not write down: maps that had to grow, a table nearly full of established flows, a closing flow whose
         // port was not its first candidate.
         let (unwritten, written) = (count("up note"), count("leave request Nat, made"));
-        assert!(unwritten * 4 <= written, "{unwritten} frames went up instead of making flows; {written} made one");
+        assert!(
+            unwritten * 4 <= written,
+            "{unwritten} frames went up instead of making flows; {written} made one"
+        );
     }
 }
 

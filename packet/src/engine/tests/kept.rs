@@ -66,7 +66,10 @@ impl FlowCache for Program {
     }
 
     fn made(&mut self, flow: &Flow, _hash: u32) {
-        assert!(self.0.lock().unwrap().bound.contains_key(&flow.backend_side().unwrap()), "it has it already");
+        assert!(
+            self.0.lock().unwrap().bound.contains_key(&flow.backend_side().unwrap()),
+            "it has it already"
+        );
     }
 
     fn replaced(&mut self, _flow: &Flow, _hash: u32) {}

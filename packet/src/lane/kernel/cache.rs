@@ -195,7 +195,8 @@ impl FlowCache for Cache {
 
     fn reserve(&mut self, name: &BackendSide) -> Reservation {
         // A packet that finds it finds no flow behind it, and goes up.
-        let cell = BoundCell { flags: abi::FLOW_BOUND | abi::FLOW_KEPT, service: NOBODY, ..BoundCell::zeroed() };
+        let cell =
+            BoundCell { flags: abi::FLOW_BOUND | abi::FLOW_KEPT, service: NOBODY, ..BoundCell::zeroed() };
         match self.maps.reserve_bound(&BoundKey::from(name), &cell) {
             Ok(true) => Reservation::Made,
             Ok(false) => Reservation::Taken,

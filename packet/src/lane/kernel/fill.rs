@@ -440,9 +440,7 @@ fn made_from(tables: &Tables, service: &Service, fits: bool) -> Option<IpAddr> {
     }
     let &[snat] = service.snat.as_slice() else { return None };
     let taken = |s: &Service| {
-        s.vip == snat
-            && s.protocol == Protocol::Tcp
-            && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
+        s.vip == snat && s.protocol == Protocol::Tcp && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
     };
     let taken = tables.owned(snat).is_some_and(|o| o.vip) && tables.services().iter().any(taken);
     (!taken).then_some(snat)

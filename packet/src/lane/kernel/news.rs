@@ -41,7 +41,10 @@ pub struct News {
 
 impl fmt::Debug for News {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("News").field("learned", &self.learned).field("armed", &self.armed).finish_non_exhaustive()
+        f.debug_struct("News")
+            .field("learned", &self.learned)
+            .field("armed", &self.armed)
+            .finish_non_exhaustive()
     }
 }
 
