@@ -61,7 +61,7 @@ fn own_mac(port: Port) -> [u8; 6] {
 
 fn flags(rng: &mut Rng) -> u8 {
     // ACK, PSH|ACK, SYN, FIN|ACK, RST, SYN|ACK, anything.
-    match rng.weighted(&[50, 10, 30, 8, 6, 6, 3]) {
+    match rng.weighted(&[50, 10, 18, 6, 5, 5, 3]) {
         0 => 0x10,
         1 => 0x18,
         2 => 0x02,
@@ -96,7 +96,10 @@ fn request(rng: &mut Rng, plan: &Plan, super_frames: bool) -> Frame {
     let service = &plan.services[rng.below(plan.services.len() as u64) as usize];
     let v6 = service.vip.is_ipv6();
     let client = Place::Client(rng.below(3) as u8).address(v6);
-    let from = SocketAddr::new(client, 40_000 + rng.below(9) as u16);
+    // New flows of full NAT are the program's to make: more clients, and more that begin.
+    let bound = service.mode == Mode::Nat && service.protocol == Protocol::Tcp;
+    let from = SocketAddr::new(client, 40_000 + rng.below(if bound { 40 } else { 5 }) as u16);
+    let flags = if bound && rng.one_in(3) { 0x02 } else { flags(rng) };
     let mut to = SocketAddr::new(service.vip, service.port);
     if rng.one_in(25) {
         to.set_port(rng.of(&[80, 81, 8080, 1024, 22]));
@@ -108,7 +111,7 @@ fn request(rng: &mut Rng, plan: &Plan, super_frames: bool) -> Frame {
     }
     let port = if rng.one_in(20) { Port::Inside } else { Port::Service };
     let protocol = if rng.one_in(30) { other(service.protocol) } else { service.protocol };
-    tcp_udp(rng, protocol, from, to, port, super_frames)
+    tcp_udp(rng, (protocol, flags), from, to, port, super_frames)
 }
 
 fn answer(rng: &mut Rng, plan: &Plan, seen: &[Seen], super_frames: bool) -> Frame {
@@ -127,7 +130,8 @@ fn answer(rng: &mut Rng, plan: &Plan, seen: &[Seen], super_frames: bool) -> Fram
             };
             let from = SocketAddr::new(backend.address, backend.port);
             let to = SocketAddr::new(to, 40_000 + rng.below(5) as u16);
-            return tcp_udp(rng, service.protocol, from, to, port, super_frames);
+            let flags = flags(rng);
+            return tcp_udp(rng, (service.protocol, flags), from, to, port, super_frames);
         }
     }
     if seen.is_empty() {
@@ -140,7 +144,8 @@ fn answer(rng: &mut Rng, plan: &Plan, seen: &[Seen], super_frames: bool) -> Fram
     if rng.one_in(30) {
         from.set_port(from.port() ^ 1);
     }
-    tcp_udp(rng, way.protocol, from, way.from, port, super_frames)
+    let flags = flags(rng);
+    tcp_udp(rng, (way.protocol, flags), from, way.from, port, super_frames)
 }
 
 fn other(protocol: Protocol) -> Protocol {
@@ -149,7 +154,7 @@ fn other(protocol: Protocol) -> Protocol {
 
 fn tcp_udp(
     rng: &mut Rng,
-    protocol: Protocol,
+    (protocol, flags): (Protocol, u8),
     from: SocketAddr,
     to: SocketAddr,
     port: Port,
@@ -169,7 +174,6 @@ fn tcp_udp(
     let written = match protocol {
         Protocol::Udp => ip.udp(from.port(), to.port()).write(&mut bytes, &payload),
         Protocol::Tcp => {
-            let flags = flags(rng);
             let mut tcp = etherparse::TcpHeader::new(from.port(), to.port(), rng.next() as u32, 65_535);
             if rng.one_in(3) {
                 let _ = tcp.set_options(&[etherparse::TcpOptionElement::Timestamp(1, 2)]);

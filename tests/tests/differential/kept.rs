@@ -65,9 +65,7 @@ fn a_client_that_uses_its_port_again_has_a_new_connection_at_once() {
             let second = whole_connection(&mut path, flow, flow % 3 == 0);
             assert_eq!(source(&first), source(&second), "{hook:?}: nothing has changed meanwhile");
         }
-        // Those SYNs whose first candidate was another flow's port are the engine's.
-        assert!(path.went_up() <= 5, "{hook:?}: {}", path.went_up());
-        assert_eq!(path.remembered(), 500);
+        assert_eq!((path.went_up(), path.remembered()), (0, 500), "{hook:?}");
         assert_eq!(path.new_flows(), 1000);
         path.tick_after(PAST_ENDS);
         assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
@@ -78,7 +76,7 @@ fn a_client_that_uses_its_port_again_has_a_new_connection_at_once() {
 fn no_port_is_given_twice_and_all_come_back() {
     for hook in HOOKS {
         // More than there are lower ports: the engine gives the upper ones, and both find what the other has.
-        const FLOWS: u32 = 56_000;
+        const FLOWS: u32 = 51_000;
         let mut path = path(hook, 1, 1 << 17);
         for flow in 0..FLOWS {
             path.connect(flow);
@@ -113,7 +111,7 @@ fn no_port_is_given_twice_and_all_come_back() {
 fn a_flood_of_syns_fills_no_map_and_shuts_nobody_out() {
     for hook in HOOKS {
         const ESTABLISHED: u32 = 1000;
-        const FLOOD: u32 = 150_000;
+        const FLOOD: u32 = 60_000;
         let mut path = path(hook, 2, 1 << 18);
         for flow in 0..ESTABLISHED {
             path.connect(flow);
