@@ -74,6 +74,20 @@ INLINE u32 first_port(const struct packet *p, const struct record *r, const stru
     return hash_scale(hash, SNAT_PORT_UPPER - SNAT_PORT_MIN);
 }
 
+INLINE u32 next_port(u32 at)
+{
+    return at + 1 < SNAT_PORT_UPPER - SNAT_PORT_MIN ? at + 1 : 0;
+}
+
+/* The name of a flow's answers, but for the port. */
+INLINE void name_answers(struct scratch *s, const struct backend *b, const struct record *r)
+{
+    copy_address(s->answers.backend, b->address);
+    copy_address(s->answers.snat, r->snat);
+    s->answers.backend_port = b->port;
+    s->answers.protocol = PROTO_TCP;
+}
+
 INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
 {
     n->flow = *name;
@@ -104,10 +118,7 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     if (!n)
         return 0;
 
-    copy_address(s->answers.backend, b->address);
-    copy_address(s->answers.snat, r->snat);
-    s->answers.backend_port = b->port;
-    s->answers.protocol = PROTO_TCP;
+    name_answers(s, b, r);
     s->other.last_seen = now;
     s->other.backend = number;
     s->other.service = r->service;
@@ -124,7 +135,7 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
         }
         if (failed != -EEXIST)
             break;
-        at = at + 1 < SNAT_PORT_UPPER - SNAT_PORT_MIN ? at + 1 : 0;
+        at = next_port(at);
     }
     if (!port) {
         ring_discard(n, 0);
@@ -180,15 +191,16 @@ INLINE void copy_steadiness(struct bound *b, struct flow *f)
 }
 
 /* A SYN opens a closing flow again, on the same backend and port: what the engine does when it forgets the flow and makes a new one, if
- * that is its first candidate. 0: the engine is to do it. */
+ * that is the first candidate that others leave it. 0: the engine is to do it. */
 static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct packet *p, const struct record *r, u64 now)
 {
     u32 zero = 0, number = f->backend;
     struct config *c = map_lookup(&config, &zero);
     struct tally *t = own_tally();
     struct backend *b = map_lookup(&backends, &number);
-    struct bound *other = other_side(f);
-    if (!c || !t || !b || !other)
+    struct scratch *s = map_lookup(&scratch, &zero);
+    void *bound_table = map_lookup(&bound, &zero);
+    if (!c || !t || !b || !s || !bound_table)
         return 0;
     u32 before = READ_ONCE(*word_of(f));
     u64 silent = now - READ_ONCE(f->last_seen);
@@ -197,7 +209,22 @@ static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct pa
         silent = 0;
     if (silent >= r->reopen || !reopens(WORD_PROGRESS(before)))
         return 0;
-    if (swap16((u16)(SNAT_PORT_MIN + first_port(p, r, b))) != f->snat_port)
+
+    name_answers(s, b, r);
+    struct bound *other = 0;
+    u32 at = first_port(p, r, b);
+    for (int i = 0; i < MAKE_PROBES; i++) {
+        s->answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
+        struct bound *there = map_lookup(bound_table, &s->answers);
+        if (!there)
+            return 0;
+        if (s->answers.snat_port == f->snat_port) {
+            other = there;
+            break;
+        }
+        at = next_port(at);
+    }
+    if (!other)
         return 0;
     struct news *n = may_make(c, t);
     if (!n)
@@ -211,11 +238,10 @@ static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct pa
     WRITE_ONCE(other->last_seen, now);
     copy_steadiness(other, f);
     t->made++;
-    struct flow_key name = {};
-    copy_address(name.client, p->src);
-    name.service = r->service;
-    name.client_port = p->src_port;
-    describe(n, &name, f, after, now, NEWS_OPENED);
+    copy_address(s->name.client, p->src);
+    s->name.service = r->service;
+    s->name.client_port = p->src_port;
+    describe(n, &s->name, f, after, now, NEWS_OPENED);
     tell(c, n);
     return 1;
 }

@@ -202,7 +202,7 @@ impl Bed {
     /// Takes the flows that were made out of the maps; how many there were.
     fn take_made(&self) -> Result<usize> {
         let mut made = Vec::new();
-        self.news.lock().unwrap_or_else(PoisonError::into_inner).take(|news| made.push(*news));
+        self.news.lock().unwrap_or_else(PoisonError::into_inner).take(usize::MAX, |news| made.push(*news));
         let maps = self.kernel.maps();
         for news in &made {
             let backend = maps.backend(news.backend).context("its backend is there")?;

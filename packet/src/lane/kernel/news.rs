@@ -5,7 +5,8 @@
 //! does it sleep until it is woken.
 //!
 //! Each processor may have made so many flows since the program was loaded: those that the engine has learned of from it, and its
-//! share of those that the engine has room for. So the flows of all processors together are never more than there is room for, without
+//! share of those that the engine has room for. There are machines with many more processors than ever see a SYN, so half of the room
+//! is for those that do. So the flows of all processors together are never more than there is room for, without
 //! a word that they would all write to.
 
 use std::fmt;
@@ -25,8 +26,12 @@ use crate::time::BootTime;
 const NAP: Duration = Duration::from_millis(1);
 /// Silence after which the thread sleeps until it is woken.
 const QUIET: Duration = Duration::from_millis(5);
-/// Pieces taken in one go: a flood must not keep the thread from frames.
+/// Time over which a processor counts as one that makes flows.
+const LATELY: Duration = Duration::from_millis(100);
+/// Pieces taken in one go, as many as the ring holds: a flood must not keep the thread from frames.
 const AT_ONCE: usize = 1 << 16;
+/// Pieces after which it is said anew how many flows may be made, so that nobody waits for all of them to be taken.
+const GRANT_EVERY: usize = 256;
 
 /// The engine's end. One thread has it.
 pub struct News {
@@ -34,6 +39,10 @@ pub struct News {
     maps: Arc<Maps>,
     /// By processor: flows that it made and the engine has learned of.
     learned: Vec<u64>,
+    /// As it stood at `counted_at`, and whether it had grown since the time before.
+    learned_before: Vec<u64>,
+    busy: Vec<bool>,
+    counted_at: BootTime,
     heard_at: BootTime,
     /// The next piece wakes whoever waits.
     armed: bool,
@@ -50,32 +59,51 @@ impl fmt::Debug for News {
 
 impl News {
     pub(super) fn new(ring: RingBuf<MapData>, maps: Arc<Maps>) -> News {
-        let learned = vec![0; maps.cpus() as usize];
-        News { ring, maps, learned, heard_at: BootTime(0), armed: false }
+        let cpus = maps.cpus() as usize;
+        News {
+            ring,
+            maps,
+            learned: vec![0; cpus],
+            learned_before: vec![0; cpus],
+            busy: vec![false; cpus],
+            counted_at: BootTime(0),
+            heard_at: BootTime(0),
+            armed: false,
+        }
     }
 
     /// Has the engine learn what there is, and gives out anew how many flows may be made. How many pieces it was.
     pub fn learn(&mut self, engine: &mut Engine, now: BootTime) -> usize {
-        let pieces = self.take(|news| {
-            if let Some(kept) = kept(news) {
-                engine.learn(&kept, now);
+        let mut pieces = 0;
+        while pieces < AT_ONCE {
+            let taken = self.take(GRANT_EVERY, |news| {
+                if let Some(kept) = kept(news) {
+                    engine.learn(&kept, now);
+                }
+            });
+            if taken == 0 {
+                break;
             }
-        });
+            pieces += taken;
+            self.grant(engine, now);
+            if taken < GRANT_EVERY {
+                break;
+            }
+        }
         if pieces > 0 {
             self.heard_at = now;
             // More may follow, and is looked for without being woken.
             if std::mem::take(&mut self.armed) {
                 self.maps.set_wake(false);
             }
-            self.grant(engine, now);
         }
         pieces
     }
 
-    /// Takes what there is, for `each`; how many pieces. Whoever takes without an engine gives out grants himself.
-    pub fn take(&mut self, mut each: impl FnMut(&abi::News)) -> usize {
+    /// Takes what there is, `most` pieces at most, for `each`; how many. Whoever takes without an engine gives out grants himself.
+    pub fn take(&mut self, most: usize, mut each: impl FnMut(&abi::News)) -> usize {
         let mut pieces = 0;
-        while pieces < AT_ONCE {
+        while pieces < most {
             let Some(item) = self.ring.next() else { break };
             let Some(news) = abi::News::from_bytes(&item) else { continue };
             if news.kind == abi::NEWS_OPENED
@@ -89,10 +117,24 @@ impl News {
         pieces
     }
 
-    /// Gives out how many flows may be made. To be called from time to time also when there is no news.
+    /// Gives out how many flows may be made: half of it to all processors alike, half to those that made some lately. To be called from
+    /// time to time also when there is no news.
     pub fn grant(&mut self, engine: &mut Engine, now: BootTime) {
-        let share = engine.may_make(now) / self.learned.len().max(1) as u64;
-        self.grant_each(share);
+        let room = engine.may_make(now);
+        if now.since(self.counted_at) >= LATELY {
+            self.counted_at = now;
+            for (busy, (learned, before)) in
+                self.busy.iter_mut().zip(self.learned.iter().zip(&mut self.learned_before))
+            {
+                *busy = std::mem::replace(before, *learned) != *learned;
+            }
+        }
+        let share = room / 2 / self.learned.len().max(1) as u64;
+        let among = self.busy.iter().filter(|busy| **busy).count().max(1) as u64;
+        for (cpu, (learned, busy)) in (0..).zip(self.learned.iter().zip(&self.busy)) {
+            let more = if *busy { room / 2 / among } else { 0 };
+            self.maps.set_grant(cpu, learned + share + more);
+        }
     }
 
     /// Lets each processor make so many flows more than [`News::take`] has heard of.
