@@ -29,6 +29,11 @@ pub const BOOT_PATIENCE: Duration = Duration::from_secs(5);
 /// How old the end of a sounding may be when a decision is made on it.
 pub const FRESH: Duration = Duration::from_secs(1);
 
+/// Stations on a segment answer within a millisecond or two, busy ones later.
+const SHORTEST_SOUNDING: Duration = Duration::from_millis(20);
+/// What nobody has answered by then, nobody will.
+const LONGEST_SOUNDING: Duration = Duration::from_millis(200);
+
 /// What a pair without a witness does when the two lose each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
@@ -68,14 +73,20 @@ pub struct Aside {
     pub document: Document,
 }
 
-/// How long a peer must be silent before a survivor goes on without it: whatever it held has then run out long ago.
+/// How long a peer must be silent before a survivor goes on without it: whatever it held has run out by then, and a majority
+/// of three would have begun to elect somebody else.
 pub fn silence(timing: &Timing) -> Duration {
-    timing.election_max * 2
+    timing.election_max
 }
 
 /// How long a peer must be silent before anybody is asked about it.
 pub fn suspicion(timing: &Timing) -> Duration {
-    timing.election_max
+    timing.election_min
+}
+
+/// How long the service network is listened to in one sounding: until a peer that was suspected has been silent for long enough.
+pub fn sounding(timing: &Timing) -> Duration {
+    (silence(timing).saturating_sub(suspicion(timing))).clamp(SHORTEST_SOUNDING, LONGEST_SOUNDING)
 }
 
 /// The first solo term above `term` of the node that has the lower id of the two (even terms), or the higher one (odd terms).

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use komainu_cluster::pair::{Aside, Policy, Sounding};
+use komainu_cluster::pair::{Aside, Policy, Sounding, sounding};
 use komainu_cluster::shell::{ClusterHandle, PairSettings, SecondPath, View};
 use komainu_cluster::state::Change;
 use komainu_cluster::time::Instant;
@@ -98,7 +98,7 @@ impl SecondPath for Segment {
 /// Sounds the service network whenever the cluster layer wants to know about the peer. Ends with the cluster layer.
 pub async fn watch(config: NodeConfig, lane: SharedLane, cluster: ClusterHandle) {
     let Some(service) = config.service.clone() else { return };
-    let mut wanted = cluster.sounds();
+    let (mut wanted, lasts) = (cluster.sounds(), sounding(&config.timing));
     while wanted.wait_for(|on| *on).await.is_ok() {
         let view = cluster.view().borrow().clone();
         let vips: Vec<IpAddr> =
@@ -108,7 +108,9 @@ pub async fn watch(config: NodeConfig, lane: SharedLane, cluster: ClusterHandle)
         let interface = service.interface.clone();
         let began = now();
         let found = match own {
-            Some(own) => tokio::task::spawn_blocking(move || sound(&interface, own, gateway, &vips)).await,
+            Some(own) => {
+                tokio::task::spawn_blocking(move || sound(&interface, own, gateway, &vips, lasts)).await
+            }
             None => Ok(Err(io::ErrorKind::NotFound.into())),
         };
         let result = match found {

@@ -490,6 +490,7 @@ impl Core {
                 self.campaign_at(pulse).unwrap_or(self.now.at.after(self.config.timing.election_max));
             if self.asked.is_empty() { campaign } else { campaign.min(self.ask_again_at) }
         };
+        let next = self.pair_due(pulse).map_or(next, |due| next.min(due));
         self.timers_due.map_or(next, |due| next.min(due))
     }
 

@@ -152,14 +152,29 @@ impl Core {
         }
     }
 
-    /// Whether there is reason to ask about the peer.
+    /// When the only peer, should it remain silent, has been so for long enough to be asked about, or to do without it.
+    pub(super) fn pair_due(&self, pulse: &Pulse) -> Option<Instant> {
+        if self.config.pair != Policy::Availability || self.conf.voters.len() != 2 {
+            return None;
+        }
+        let heard = pulse.heard_at(self.pair().ok()?.node())?;
+        let timing = &self.config.timing;
+        let [asked, done_without] = [pair::suspicion(timing), pair::silence(timing)].map(|d| heard.after(d));
+        let due = [pulse.promise_free_at(), asked, done_without];
+        due.into_iter().filter(|at| *at > self.now.at).min()
+    }
+
+    /// Whether there is reason to ask about the peer, and its answer would mean something: until the promise is over it may own a
+    /// group, and answer for it.
     fn wants_to_go_alone(&self) -> bool {
-        self.config.pair == Policy::Availability
-            && !self.disk.has_failed()
-            && self.pair().is_ok_and(|peer| {
-                let silent = self.silent_for(&self.lock(), peer);
-                silent.is_some_and(|s| s >= pair::suspicion(&self.config.timing))
-            })
+        if self.config.pair != Policy::Availability || self.disk.has_failed() {
+            return false;
+        }
+        let Ok(peer) = self.pair() else { return false };
+        let pulse = self.lock();
+        let silent = self.silent_for(&pulse, peer);
+        silent.is_some_and(|s| s >= pair::suspicion(&self.config.timing))
+            && self.now.at >= pulse.promise_free_at()
     }
 
     /// Whether nothing speaks against it any more. What the peer may have held under this configuration ended before anybody
@@ -189,6 +204,8 @@ impl Core {
             return Some(p.steady).filter(|steady| *steady >= STEADY);
         }
         match pulse.heard_at(node) {
+            // Its executor has said so: there is no process that could be heard, however long one waits.
+            Some(at) if pulse.has_died(node) => Some(now.since(at) + pair::silence(&self.config.timing)),
             Some(at) => Some(now.since(at)),
             None => {
                 let waited = now.since(self.started_at).checked_sub(BOOT_PATIENCE)?;

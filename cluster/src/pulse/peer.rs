@@ -105,7 +105,7 @@ impl Peer {
     }
 
     /// Whether the process that was heard last has ended.
-    fn is_dead(&self) -> bool {
+    pub(super) fn is_dead(&self) -> bool {
         self.heard.as_ref().is_some_and(|h| self.dead.contains(&h.beat.instance))
     }
 

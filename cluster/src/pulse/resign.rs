@@ -111,6 +111,12 @@ impl Pulse {
         heard == Some(instance)
     }
 
+    /// Whether the process that was heard last of a node, in whatever line, has ended, and that was told.
+    pub(crate) fn has_died(&self, node: NodeId) -> bool {
+        let peer = self.peers.get(&node).filter(|p| p.is_dead());
+        peer.and_then(|p| p.heard.as_ref()).is_some_and(|h| self.heard_at(node) == Some(h.at))
+    }
+
     /// When this node heard that the process of the leader it followed has ended; absent when there is, or was, another leader.
     pub(crate) fn bereaved_at(&self) -> Option<Instant> {
         self.bereaved.map(|b| b.at)

@@ -10,12 +10,11 @@ use super::Random;
 use super::machine::{SoundingUnderWay, Time};
 use super::plan::{Action, MAX_DRIFT_PPM, Plan, Step, drift, executor, has_flows};
 use super::world::{Arrival, Event, MS, Weather, World};
-use crate::pair::{Policy, Sounding};
+use crate::pair::{self, Policy, Sounding};
 use crate::timing::Profile;
 
-/// Questions of one sounding, and the time between two of them.
+/// Questions of one sounding; it ends as long after the last of them as that was asked after the one before.
 const ASKS: u32 = 4;
-const ASK_EVERY: Time = 50 * MS;
 /// After the two hear each other again, both may answer for so long.
 const MEET_WITHIN: Time = 1_000 * MS;
 /// The same while datagrams are lost and late.
@@ -157,8 +156,10 @@ impl World {
             if heard && self.machines.iter().any(answers) {
                 sounding.claimed = Some(std::net::IpAddr::from([10, 1, 0, 1]));
             }
-            self.machine(node).sounding = Some(sounding);
-            self.post(t + ASK_EVERY, Event::Ask { node, generation });
+            let machine = self.machine(node);
+            machine.sounding = Some(sounding);
+            let every = pair::sounding(&machine.timing) / ASKS;
+            self.post(t + every.as_nanos() as Time, Event::Ask { node, generation });
             return Ok(());
         }
         let arbiter = Some(!self.service.no_gateway.contains(&node));
@@ -375,6 +376,10 @@ mod tests {
     }
 
     const G: GroupId = GroupId(1);
+    /// `election_max`: a peer of which nothing is known is waited for so long. And what it takes then until a group is owned again:
+    /// a sounding that began too early, writes, a beat.
+    const SILENCE: Time = 180 * MS;
+    const REPLACED: Time = SILENCE + 100 * MS;
 
     fn formed(seed: u64, policy: Policy) -> World {
         let mut w = World::new(seed, &[Role::Balancer, Role::Balancer], Timing::default());
@@ -403,7 +408,7 @@ mod tests {
             let cut = w.t;
             assert!(w.run_until(cut + 1_000 * MS, |w| w.owner(G) == Some(other)).unwrap(), "{}", told(&w));
             println!("seed {seed}: after {} ms", (w.t - cut) / MS);
-            assert!(w.is_solo(other));
+            assert!(w.is_solo(other) && w.t - cut <= REPLACED, "{}", told(&w));
             // It takes changes alone, and remembers over a restart that it is alone.
             w.change(other, 2).unwrap();
             w.run_for(200 * MS).unwrap();
@@ -419,6 +424,25 @@ mod tests {
             assert_eq!(w.owner(G), Some(other));
             let state = a.core.state().clone();
             w.checker.nothing_lost(&state).unwrap();
+        }
+    }
+
+    /// Nobody waits for a process of which it is known that it has ended: the service network is sounded at once.
+    #[test]
+    fn a_death_that_was_told_is_not_waited_for() {
+        for seed in 0..20 {
+            let mut w = formed(seed, Policy::Availability);
+            // Leadership follows ownership; else the survivor's own lease would have to end first.
+            let leads = |w: &World| w.owner(G).is_some() && w.owner(G) == w.leader();
+            assert!(w.run_until(w.t + 60_000 * MS, leads).unwrap(), "{}", told(&w));
+            w.run_for(500 * MS).unwrap();
+            let owner = w.owner(G).unwrap();
+            let died = w.t;
+            w.kill_and_tell(owner, MS);
+            assert!(w.run_until(died + 1_000 * MS, |w| w.owner(G) == Some(3 - owner)).unwrap(), "{}", told(&w));
+            assert!(w.t - died < SILENCE, "seed {seed}: after {} ms\n{}", (w.t - died) / MS, told(&w));
+            w.start(owner).unwrap();
+            assert!(w.run_until(w.t + 6_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));
         }
     }
 

@@ -17,11 +17,8 @@ use crate::wire::{Net, arp, dissect, icmpv6, ndp, proto};
 
 /// Addresses that one sounding asks for at most; the rest are not asked for.
 pub const MAX_ASKED: usize = 1024;
-/// How often each is asked for, and the time between two questions: one may be lost.
-const ROUNDS: u32 = 3;
-const ROUND: Duration = Duration::from_millis(40);
-/// How long answers to the last question are waited for. Stations on a segment answer within a millisecond or two.
-const LISTEN: Duration = Duration::from_millis(60);
+/// How often each is asked for: one question may be lost. Their answers are waited for as long after the last as after each.
+const ROUNDS: u32 = 4;
 /// Frames sent without a pause: what a queue takes.
 const BURST: usize = 64;
 const PAUSE: Duration = Duration::from_millis(2);
@@ -37,28 +34,37 @@ pub struct Found {
     pub claimed: Option<(IpAddr, Mac)>,
 }
 
-/// Asks on `interface`, whose station is `own`, for a gateway and for `addresses`, and listens. Takes about 150 ms.
+/// Asks on `interface`, whose station is `own`, for a gateway and for `addresses`, and listens, for `lasts` in all; with hundreds
+/// of addresses for longer. An answer to an earlier sounding's question counts, too: slow stations are heard in the next.
 ///
 /// # Errors
 /// The interface is gone or down, or there is no permission.
-pub fn sound(interface: &str, own: Mac, gateway: Option<IpAddr>, addresses: &[IpAddr]) -> io::Result<Found> {
+pub fn sound(
+    interface: &str,
+    own: Mac,
+    gateway: Option<IpAddr>,
+    addresses: &[IpAddr],
+    lasts: Duration,
+) -> io::Result<Found> {
     let ifindex = nix::net::if_::if_nametoindex(interface)? as i32;
     let asked: BTreeSet<IpAddr> = addresses.iter().copied().take(MAX_ASKED).collect();
     let questions: Vec<Vec<u8>> = gateway.iter().chain(&asked).map(|a| question(*a, own)).collect();
     let sockets = [open(ifindex, libc::ETH_P_ARP)?, open(ifindex, libc::ETH_P_IPV6)?];
     let mut found = Found::default();
-    let began = Instant::now();
-    for round in 0..ROUNDS {
-        for burst in questions.chunks(BURST) {
+    let every = lasts / ROUNDS;
+    for _ in 0..ROUNDS {
+        let mut until = Instant::now() + every;
+        for (i, burst) in questions.chunks(BURST).enumerate() {
+            if i > 0 {
+                listen(&sockets, PAUSE, own, gateway, &asked, &mut found);
+                until = Instant::now() + every;
+            }
             for frame in burst {
                 send(sockets[0].as_fd(), ifindex, frame)?;
             }
-            listen(&sockets, PAUSE, own, gateway, &asked, &mut found);
         }
-        let until = began + ROUND * (round + 1);
         listen(&sockets, until.saturating_duration_since(Instant::now()), own, gateway, &asked, &mut found);
     }
-    listen(&sockets, LISTEN, own, gateway, &asked, &mut found);
     Ok(found)
 }
 
