@@ -17,12 +17,8 @@ fn pair(policy: &str) -> Bed {
     let mut bed = Bed::idle(Machine::Alone, topology);
     let gateway = bed.client().v4(SERVICE);
     for node in ["lb1", "lb2"] {
-        let path = bed.cluster.node_file_of(node);
-        let text = std::fs::read_to_string(path).unwrap();
-        let text = text
-            .replace("[service]\n", &format!("[service]\ngateway = \"{gateway}\"\n"))
-            .replace("[cluster]\n", &format!("[cluster]\npair = \"{policy}\"\n"));
-        std::fs::write(path, text).unwrap();
+        bed.cluster.configure_table(node, "service", &format!("gateway = \"{gateway}\"")).unwrap();
+        bed.cluster.configure_table(node, "cluster", &format!("pair = \"{policy}\"")).unwrap();
     }
     bed.cluster.start_all().unwrap();
     bed.cluster.wait_formed(SOON).unwrap();

@@ -1,6 +1,7 @@
 //! The real binary in the lab: node files, processes, and its CLI as the only way to ask and tell.
 
 pub mod document;
+mod files;
 pub mod status;
 
 use std::collections::BTreeMap;
@@ -140,11 +141,6 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Sets a variable in the environment of nodes started from now on.
-    pub fn set_env(&mut self, key: &str, value: &str) {
-        self.environment.push((key.to_owned(), value.to_owned()));
-    }
-
     /// Writes the files of a node. It is not started.
     ///
     /// # Errors
@@ -200,30 +196,9 @@ impl Cluster {
         t
     }
 
-    /// Adds lines to a node's file, read at its next start.
-    ///
-    /// # Errors
-    /// The file can't be written.
-    pub fn configure(&self, name: &str, lines: &str) -> Result<()> {
-        let path = &self.node(name).config;
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| LabError::system(format!("read {}", path.display()), e))?;
-        write(path, &format!("{text}{lines}"))
-    }
-
     /// Where `host`'s node listens for the others.
     pub fn cluster_address(&self, host: &str) -> SocketAddr {
         (self.lab.host(host).v4(CLUSTER), CLUSTER_PORT).into()
-    }
-
-    /// Path of a node's file.
-    pub fn node_file_of(&self, name: &str) -> &Path {
-        &self.node(name).config
-    }
-
-    /// Directory of what a node stores.
-    pub fn data_dir_of(&self, name: &str) -> &Path {
-        &self.node(name).data_dir
     }
 
     /// Names of the nodes, running or not.
