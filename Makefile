@@ -64,12 +64,13 @@ bench: ## throughput beside the kernel's own forwarding; QUICK=1 for two minutes
 	cargo build --release --package komainu-tests --bin bench
 	$(AS_ROOT) target/release/bench $(if $(QUICK),--quick) $(ARGS)
 
-chaos: ## machines, cables and disks fail, beside keepalived; CASES=… ROUNDS=N LANES=… PEERS=…; writes target/chaos/results.json
+chaos: ## machines, cables, memory and disks fail, beside keepalived; CASES=… ROUNDS=N LANES=… CLUSTERS=… PROFILE=… PEERS=… ARGS=--missing|--docs; adds to target/chaos/results.json
 	@deploy/setup.sh chaos
 	cargo build --release --package komainu-node
 	cargo build --release --package komainu-tests --bin chaos
 	$(AS_ROOT) target/release/chaos $(if $(CASES),--cases $(CASES)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
-	    $(if $(LANES),--lanes $(LANES)) $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+	    $(if $(LANES),--lanes $(LANES)) $(if $(CLUSTERS),--clusters $(CLUSTERS)) $(if $(PROFILE),--profile $(PROFILE)) \
+	    $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 sim: setup ## SEEDS (10000) simulated runs from SEED (1); MUTATE=1 also breaks each rule in turn, which must be found
 	cargo run --release --package komainu-cluster --features sim --bin sim -- \

@@ -74,6 +74,24 @@ pub trait Contender {
     /// How long it is left alone after a fault before the fault is mended, at least.
     fn slowness(&self) -> Duration;
 
+    /// Whether nobody need answer while a node is missing.
+    fn waits_for_mending(&self) -> bool {
+        false
+    }
+
+    /// Undoes what cases do to more than the nodes' processes. Everything is well when it is called.
+    ///
+    /// # Errors
+    /// It can't be undone.
+    fn renew(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What forwards, in words; absent where there is no choice.
+    fn lane(&self) -> Option<String> {
+        None
+    }
+
     /// Komainu's cluster, when it is one.
     fn cluster(&mut self) -> Option<&mut Cluster>;
 

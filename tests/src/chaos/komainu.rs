@@ -1,4 +1,4 @@
-//! Three voters of the real binary.
+//! A cluster of the real binary.
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,13 @@ use anyhow::{Context, Result, bail};
 use komainu_lab::Lab;
 use komainu_lab::cluster::{Cluster, Document, SOON, Status};
 use komainu_lab::standard::{self, BACKEND_HTTP, ECHO};
-use komainu_lab::topology::{Standard, addr};
+use komainu_lab::topology::{SERVICE, Standard, addr};
 use komainu_lab::traffic::server::Server;
 use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
 
 use super::contender::{Contender, Target};
+use super::shape::Shape;
 use crate::GROUP;
 
 /// Port of the `nat` service; of the `nat-transparent` one: the next.
@@ -29,8 +30,8 @@ const TCP_IDLE: &str = "tcp_idle_ms = 8000";
 const SETTLED: Duration = Duration::from_secs(12);
 /// Room of a data directory that will be filled.
 const SMALL_DISK: &str = "size=48m";
-/// Time that a node is left dead.
-const SLOWNESS: Duration = Duration::from_secs(1);
+/// Whatever is to be noticed of a fault, at either timing, is by then.
+const SLOWNESS: Duration = Duration::from_millis(600);
 /// Time that a standby is given to learn the owner's flows.
 const CATCH_UP: Duration = Duration::from_millis(500);
 /// File beside a node's data whose number of milliseconds every sync waits.
@@ -41,6 +42,8 @@ pub const DELAY_FILE: &str = "sync-delay-ms";
 pub struct Setup {
     /// The binary.
     pub binary: PathBuf,
+    /// Who decides in it.
+    pub shape: Shape,
     /// Lane of the balancers.
     pub lane: String,
     /// Modes of services, of `nat`, `dsr`, `nat-transparent`.
@@ -59,35 +62,42 @@ pub struct Setup {
 #[derive(Debug)]
 pub struct Komainu {
     cluster: Cluster,
+    shape: Shape,
     modes: Vec<String>,
     checks: bool,
     _servers: std::collections::BTreeMap<String, Server>,
 }
 
 impl Komainu {
-    /// Builds the lab, starts three voters, puts the document in force.
+    /// Builds the lab, starts the nodes, puts the document in force.
     ///
     /// # Errors
     /// Whatever keeps it from coming about.
     pub fn start(setup: &Setup) -> Result<Komainu> {
         let inside_backends = if setup.modes.iter().any(|m| m == "nat-transparent") { 3 } else { 0 };
-        let lab = Lab::build(&Standard { inside_backends, ..Standard::default() }.topology())?;
+        let witness = setup.shape == Shape::Three;
+        let lab = Lab::build(&Standard { inside_backends, witness, ..Standard::default() }.topology())?;
         quicken(&lab)?;
         let servers = standard::servers(&lab)?;
+        let arbiter = lab.host("client").v4(SERVICE);
         let mut cluster = Cluster::with_lane(lab, setup.binary.clone(), Some(&setup.lane))?;
         if let Some(library) = &setup.slow_sync {
             cluster.set_env("LD_PRELOAD", &library.display().to_string());
         }
         for name in cluster.names() {
             cluster.configure(&name, &setup.node_extra)?;
+            if let Some(policy) = setup.shape.policy() {
+                cluster.configure_table(&name, "cluster", &format!("pair = \"{policy}\""))?;
+                cluster.configure_table(&name, "service", &format!("gateway = \"{arbiter}\""))?;
+            }
             if setup.small_disks {
                 mount_small(cluster.data_dir_of(&name))?;
             }
         }
         cluster.start_all()?;
         cluster.wait_formed(SOON)?;
-        let mut komainu =
-            Komainu { cluster, modes: setup.modes.clone(), checks: setup.checks, _servers: servers };
+        let (shape, modes, checks) = (setup.shape, setup.modes.clone(), setup.checks);
+        let mut komainu = Komainu { cluster, shape, modes, checks, _servers: servers };
         komainu.cluster.apply("lb1", &komainu.text(None))?;
         komainu.settle()?;
         Ok(komainu)
@@ -296,6 +306,18 @@ impl Contender for Komainu {
 
     fn slowness(&self) -> Duration {
         SLOWNESS
+    }
+
+    fn waits_for_mending(&self) -> bool {
+        self.shape == Shape::PairSafety
+    }
+
+    fn renew(&mut self) -> Result<()> {
+        Ok(self.cluster.apply("lb1", &self.text(None))?)
+    }
+
+    fn lane(&self) -> Option<String> {
+        self.cluster.status("lb1").ok().map(|s| s.node.lane)
     }
 
     fn cluster(&mut self) -> Option<&mut Cluster> {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::net::IpAddr;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -17,14 +18,20 @@ use nix::sys::signal::Signal;
 use super::case::Case;
 use super::contender::Contender;
 use super::komainu::DELAY_FILE;
+use super::squeeze::Squeeze;
 use crate::GROUP;
 
 /// After a fault, and again after it was mended, one owner must be back within this time.
 pub const BACK: Duration = Duration::from_secs(10);
 /// Datagrams that must be answered for the service to be back.
 const ANSWERED: u64 = 200;
+/// How long what was killed stays dead.
+const DEAD: Duration = Duration::from_millis(600);
 /// How long cuts and pulled cables last.
-const CUT: Duration = Duration::from_secs(3);
+const CUT: Duration = Duration::from_secs(2);
+/// How long memory is short, and the time between the death of one that takes it and the next.
+const PRESSURE: Duration = Duration::from_secs(2);
+const HOG_PAUSE: Duration = Duration::from_millis(100);
 /// How long disks are full or slow.
 const BAD_DISK: Duration = Duration::from_secs(2);
 /// What a slow sync takes longer.
@@ -54,6 +61,8 @@ pub struct Scene<'a> {
     pub crowds: Vec<&'a Crowd>,
     /// When the fault came: set by [`Scene::play`].
     pub at: Instant,
+    /// When a cut began to be healed.
+    pub mended: Option<Instant>,
     /// Number of the round.
     pub round: usize,
     /// What was not as it should be.
@@ -77,7 +86,7 @@ impl Scene<'_> {
             Case::KillBothInTurn => {
                 self.kill_and_boot(&owner)?;
                 let first = self.at;
-                let second = self.side.settle()?;
+                let second = self.side.settle().context("after the first death")?;
                 self.kill_and_boot(&second)?;
                 self.at = first;
                 Ok(())
@@ -96,23 +105,35 @@ impl Scene<'_> {
             Case::LinkFlap => self.flap(&owner),
             Case::BootAtOnce => self.boot_at_once(),
             Case::RollingRestart => self.rolling_restart(),
+            Case::Upgrade => self.upgrade(),
             Case::Switchover => self.switchover(),
             Case::KillLeaderInApply => self.kill_leader_in_apply(),
             Case::DiskFull => self.disk_full(&owner),
             Case::SlowDisk => self.slow_disk(&owner),
             Case::StoreCorrupt => self.corrupt_store(&owner),
+            Case::MemoryPressure => self.press(&owner),
         }
     }
 
+    /// A node to ask and to tell: the witness, or the balancer that nothing happens to at first.
+    fn through(&self) -> String {
+        let witness = self.side.nodes().into_iter().find(|n| n == "wit");
+        witness.unwrap_or_else(|| self.other.clone())
+    }
+
     /// Leaves things as they are for a while since the fault, at least as long as this contender needs, and then waits
-    /// until clients are served.
+    /// until clients are served, if they are to be.
     fn dwell(&self, least: Duration) -> Result<()> {
         let until = self.at + least.max(self.side.slowness());
         std::thread::sleep(until.saturating_duration_since(Instant::now()));
-        self.served()
+        if self.side.waits_for_mending() { Ok(()) } else { self.served() }
     }
 
-    fn served(&self) -> Result<()> {
+    /// Waits until clients are served.
+    ///
+    /// # Errors
+    /// They are not, for [`BACK`].
+    pub fn served(&self) -> Result<()> {
         if self.stream.wait_answered(ANSWERED, BACK) {
             return Ok(());
         }
@@ -121,24 +142,25 @@ impl Scene<'_> {
 
     fn kill_and_boot(&mut self, node: &str) -> Result<()> {
         self.at = self.side.kill(node);
-        self.dwell(Duration::from_secs(1))?;
+        self.dwell(DEAD)?;
         self.side.boot(node)
     }
 
     /// Half of the connections are made before a backend is drained, half after it.
     fn kill_in_transition(&mut self, node: &str) -> Result<()> {
+        let through = self.through();
         let cluster = ours(self.side)?;
         let services: Vec<String> =
-            cluster.status("wit")?.services.iter().map(|s| format!("{}/be1", s.name)).collect();
+            cluster.status(&through)?.services.iter().map(|s| format!("{}/be1", s.name)).collect();
         for backend in &services {
-            cluster.cli_ok("wit", &["backend", "drain", backend])?;
+            cluster.cli_ok(&through, &["backend", "drain", backend])?;
         }
         cluster.wait_status(node, "the drain", SOON, |s| !s.settled())?;
         self.refill()?;
         let result = self.kill_and_boot(node);
         let cluster = ours(self.side)?;
         for backend in &services {
-            cluster.cli_ok("wit", &["backend", "enable", backend])?;
+            cluster.cli_ok(&through, &["backend", "enable", backend])?;
         }
         result
     }
@@ -161,7 +183,7 @@ impl Scene<'_> {
             self.side.lab().unplug(node, segment)?;
         }
         self.side.kill_silently(node);
-        self.dwell(Duration::from_secs(1))?;
+        self.dwell(DEAD)?;
         self.side.forget(node)?;
         for segment in &segments {
             self.side.lab().plug(node, segment)?;
@@ -185,6 +207,7 @@ impl Scene<'_> {
             self.side.lab().unplug(node, segment)?;
         }
         let result = self.dwell(CUT);
+        self.mended = Some(Instant::now());
         for segment in &segments {
             self.side.lab().plug(node, segment)?;
         }
@@ -212,6 +235,7 @@ impl Scene<'_> {
             }
         }
         let result = self.dwell(CUT);
+        self.mended = Some(Instant::now());
         for (other, segment) in &ways {
             lab.heal(node, other, segment)?;
         }
@@ -239,7 +263,7 @@ impl Scene<'_> {
         for node in &nodes {
             self.side.boot(node)?;
         }
-        self.dwell(Duration::from_secs(1))
+        self.served()
     }
 
     fn rolling_restart(&mut self) -> Result<()> {
@@ -257,11 +281,63 @@ impl Scene<'_> {
         self.served()
     }
 
+    /// Puts another file in the place of the binary and restarts every node.
+    fn upgrade(&mut self) -> Result<()> {
+        let cluster = ours(self.side)?;
+        // Two names in turn: what runs can't be written.
+        let names = ["komainu-a", "komainu-b"].map(|name| cluster.lab.dir().join(name));
+        let [a, b] = names;
+        let file = if cluster.binary() == a { b } else { a };
+        if file.exists() {
+            fs::remove_file(&file)?;
+        }
+        fs::copy(cluster.binary(), &file).context("copy the binary")?;
+        cluster.set_binary(file.clone());
+        self.rolling_restart()?;
+        let file = fs::canonicalize(file)?;
+        let cluster = ours(self.side)?;
+        for node in cluster.running() {
+            let runs = fs::read_link(format!("/proc/{}/exe", cluster.process(&node).pid()))?;
+            if runs != file {
+                self.wrong.push(format!("{node} runs {} and not {}", runs.display(), file.display()));
+            }
+        }
+        Ok(())
+    }
+
+    fn press(&mut self, node: &str) -> Result<()> {
+        let cluster = ours(self.side)?;
+        let mut pids = vec![cluster.process(node).pid()];
+        pids.extend(cluster.executor_of(node));
+        let log = cluster.lab.dir().join("hog.log");
+        let squeeze = Squeeze::around(&pids)?;
+        self.at = Instant::now();
+        let until = self.at + PRESSURE;
+        let mut killed = 0;
+        while Instant::now() < until {
+            let hog = cluster.lab.host(node).start("hog", squeeze.hog(), &log)?;
+            match hog.wait(until.saturating_duration_since(Instant::now())) {
+                Some(status) if status.signal() == Some(Signal::SIGKILL as i32) => killed += 1,
+                Some(status) => bail!("what was to take memory ended by itself: {status}"),
+                None => {}
+            }
+            std::thread::sleep(HOG_PAUSE);
+        }
+        drop(squeeze);
+        if killed == 0 {
+            bail!("memory was never short");
+        }
+        self.notes.push(format!("memory ran out {killed} times"));
+        self.served()
+    }
+
     fn switchover(&mut self) -> Result<()> {
         self.at = Instant::now();
-        ours(self.side)?.cli_ok("wit", &["switchover", GROUP])?;
+        let through = self.through();
+        ours(self.side)?.cli_ok(&through, &["switchover", GROUP])?;
         self.claimed_by_other()?;
-        self.dwell(Duration::from_millis(1500))
+        // The old owner forwards for a grace time of one second.
+        self.dwell(Duration::from_millis(1300))
     }
 
     fn claimed_by_other(&self) -> Result<()> {
@@ -307,7 +383,7 @@ impl Scene<'_> {
             Ok(output) => output?.status.success(),
             Err(_) => bail!("the thread that applies panicked"),
         };
-        self.dwell(Duration::from_secs(1))?;
+        self.dwell(DEAD)?;
         self.side.boot(&leader)?;
         self.side.settle()?;
         let cluster = ours(self.side)?;
@@ -362,7 +438,7 @@ impl Scene<'_> {
 
     fn corrupt_store(&mut self, node: &str) -> Result<()> {
         self.at = self.side.kill(node);
-        self.dwell(Duration::from_secs(1))?;
+        self.dwell(DEAD)?;
         let dir = ours(self.side)?.data_dir_of(node).to_owned();
         let changed = corrupt(&dir, self.round as u64)?;
         if changed == 0 {

@@ -1,6 +1,5 @@
-//! Distributions, as JSON for other tools and as a page for people.
+//! Distributions, and the file in which they stand.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -8,8 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::case::{Case, LEFT_OUT};
+use super::case::Case;
 use super::round::Round;
+use super::shape::Shape;
 
 /// The middle and the end of a distribution.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,14 +56,22 @@ pub struct Connections {
 pub struct Entry {
     /// Name of the case.
     pub case: String,
-    /// Lane; absent for the peer.
+    /// Lane, as asked for; absent for the peer.
     pub lane: Option<String>,
+    /// What `auto` chose, else the same.
+    pub lane_in_force: Option<String>,
     /// The peer; absent for Komainu.
     pub peer: Option<String>,
+    /// Kind of cluster ([`Shape::name`]); absent for the peer.
+    pub cluster: Option<String>,
     /// Voters; absent for the peer.
     pub voters: Option<usize>,
+    /// Durations in force, `default` or `fast`; absent for the peer.
+    pub profile: Option<String>,
     /// `release` or `debug`; absent for the peer.
     pub build: Option<String>,
+    /// The commit that was measured, with `+changes` where something was not committed.
+    pub commit: String,
     /// What was changed in the node files; empty when nothing was.
     pub node_extra: String,
     /// Number of rounds.
@@ -88,6 +96,10 @@ pub struct Entry {
     pub by_mode: Vec<Connections>,
     /// Longest time in a round in which two hosts answered for one address.
     pub two_owners_ms: u64,
+    /// Longest time after a cut began to be healed in which two hosts still did.
+    pub two_owners_after_ms: u64,
+    /// What a round took, on average; the building of the lab not counted.
+    pub seconds_per_round: f64,
     /// What was not as it must be, in words; empty when the case has passed.
     pub wrong: Vec<String>,
 }
@@ -97,8 +109,12 @@ pub struct Entry {
 pub struct Subject {
     /// A lane of Komainu, or a peer's label.
     pub name: String,
-    /// Whether it is a peer.
-    pub peer: bool,
+    /// What kind of cluster; absent for a peer.
+    pub shape: Option<Shape>,
+    /// Durations, `default` or `fast`.
+    pub profile: String,
+    /// The commit that is measured.
+    pub commit: String,
     /// `release` or `debug`.
     pub build: String,
     /// Further tables of the node files.
@@ -106,9 +122,9 @@ pub struct Subject {
 }
 
 impl Entry {
-    /// From the rounds of `case`. `timed`: whether bounds of time are judged.
-    pub fn new(case: Case, subject: &Subject, rounds: &[Round], timed: bool) -> Entry {
-        let ours = !subject.peer;
+    /// From the rounds of `case`, on what forwards there (`lane`). `timed`: whether bounds of time are judged.
+    pub fn new(case: Case, subject: &Subject, lane: Option<String>, rounds: &[Round], timed: bool) -> Entry {
+        let ours = subject.shape.is_some();
         let mut by_mode: Vec<Connections> = Vec::new();
         for crowd in rounds.iter().flat_map(|r| &r.crowds) {
             match by_mode.iter_mut().find(|m| m.mode == crowd.mode) {
@@ -126,9 +142,13 @@ impl Entry {
         let mut entry = Entry {
             case: case.name().to_owned(),
             lane: ours.then(|| subject.name.clone()),
-            peer: subject.peer.then(|| subject.name.clone()),
-            voters: ours.then_some(3),
+            lane_in_force: lane,
+            peer: (!ours).then(|| subject.name.clone()),
+            cluster: subject.shape.map(|s| s.name().to_owned()),
+            voters: subject.shape.map(Shape::voters),
+            profile: ours.then(|| subject.profile.clone()),
             build: ours.then(|| subject.build.clone()),
+            commit: subject.commit.clone(),
             node_extra: subject.node_extra.clone(),
             rounds: rounds.len(),
             gap_ms: Distribution::of(rounds.iter().map(|r| r.gap_ms)),
@@ -141,21 +161,31 @@ impl Entry {
             connections: by_mode.iter().map(|m| m.established).sum(),
             by_mode,
             two_owners_ms: rounds.iter().map(|r| r.two_owners_ms).max().unwrap_or_default(),
+            two_owners_after_ms: rounds.iter().map(|r| r.two_owners_after_ms).max().unwrap_or_default(),
+            seconds_per_round: rounds.iter().map(|r| r.took.total().as_secs_f64()).sum::<f64>()
+                / rounds.len().max(1) as f64,
             wrong: Vec::new(),
         };
         for (number, round) in rounds.iter().enumerate() {
             entry.wrong.extend(round.wrong.iter().map(|w| format!("round {}: {w}", number + 1)));
         }
-        if ours {
-            entry.judge(case, timed);
+        if let Some(shape) = subject.shape {
+            entry.judge(case, shape, timed);
         }
         entry
     }
 
-    fn judge(&mut self, case: Case, timed: bool) {
-        let bounds = case.bounds();
-        if self.two_owners_ms > 0 {
-            self.wrong.push(format!("two owners for {} ms", self.two_owners_ms));
+    fn judge(&mut self, case: Case, shape: Shape, timed: bool) {
+        let bounds = case.bounds(shape);
+        match bounds.two_owners_end {
+            None if self.two_owners_ms > 0 => {
+                self.wrong.push(format!("two owners for {} ms", self.two_owners_ms));
+            }
+            Some(end) if u128::from(self.two_owners_after_ms) > end.as_millis() => {
+                let after = self.two_owners_after_ms;
+                self.wrong.push(format!("two owners until {after} ms after the two could hear each other"));
+            }
+            _ => {}
         }
         for mode in &self.by_mode {
             // Flows of `nat` are state that the standby does not have; few of them can't be derived.
@@ -190,17 +220,36 @@ impl Entry {
         self.lane.as_deref().or(self.peer.as_deref()).unwrap_or("?")
     }
 
-    fn same_as(&self, other: &Entry) -> bool {
-        self.case == other.case && self.subject() == other.subject() && self.node_extra == other.node_extra
+    /// The kind of cluster that it was done to; absent for a peer.
+    pub fn shape(&self) -> Option<Shape> {
+        self.cluster.as_deref().and_then(Shape::named)
+    }
+
+    /// Whether it is about this case and this subject.
+    pub fn is_of(&self, case: Case, subject: &Subject) -> bool {
+        self.case == case.name()
+            && self.subject() == subject.name
+            && self.shape() == subject.shape
+            && self.profile.as_ref().is_none_or(|p| *p == subject.profile)
+            && self.node_extra == subject.node_extra
+    }
+
+    fn key(&self) -> impl Ord + use<> {
+        let case = Case::named(&self.case).and_then(|c| Case::ALL.iter().position(|x| *x == c));
+        let who = (self.peer.is_some(), self.shape(), self.profile.clone(), self.subject().to_owned());
+        (case, who, self.node_extra.clone())
     }
 
     /// One line for whoever watches.
     pub fn line(&self) -> String {
         format!(
-            "{:<20} {:<17} {:>3} rounds | gap {}/{}/{} ms | lost {} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms",
+            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms | lost {} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
             self.case,
             self.subject(),
+            self.cluster.as_deref().unwrap_or_default(),
+            self.profile.as_deref().unwrap_or_default(),
             self.rounds,
+            self.seconds_per_round,
             self.gap_ms.median,
             self.gap_ms.p95,
             self.gap_ms.max,
@@ -211,7 +260,8 @@ impl Entry {
             self.tcp_errors,
             self.connections_broken,
             self.connections,
-            self.two_owners_ms
+            self.two_owners_ms,
+            self.two_owners_after_ms
         )
     }
 }
@@ -230,13 +280,9 @@ pub fn read_json(from: &Path) -> Result<Vec<Entry>> {
 
 /// Puts `entry` in the place of an older one for the same case and subject.
 pub fn merge(entries: &mut Vec<Entry>, entry: Entry) {
-    entries.retain(|e| !e.same_as(&entry));
+    entries.retain(|e| e.key() != entry.key());
     entries.push(entry);
-    let place = |e: &Entry| {
-        let case = Case::named(&e.case).and_then(|c| Case::ALL.iter().position(|x| *x == c));
-        (case, e.peer.is_some(), e.subject().to_owned(), e.node_extra.clone())
-    };
-    entries.sort_by_key(place);
+    entries.sort_by_key(Entry::key);
 }
 
 /// Writes the JSON file.
@@ -253,111 +299,27 @@ pub fn write_json(entries: &[Entry], to: &Path) -> Result<()> {
     fs::rename(&beside, to).with_context(|| format!("write {}", to.display()))
 }
 
-/// The page `docs/failover.md`.
-pub fn page(entries: &[Entry], machine: &str) -> String {
-    let mut t = format!(
-        "# Failover\n\n\
-         Written by `make chaos ARGS=--docs`. {machine}\n\n\
-         Three voters of the real binary (two balancers and a witness), and beside them keepalived (VRRPv3, real-time priority, no \
-         preemption) with nftables DNAT and conntrackd (FTFW, straight into the standby's kernel), each in network namespaces of its \
-         own ([the lab](lab.md)), with the same clients and servers. In every round:\n\n\
-         - *gap*: the longest time without an answer that a client saw that sends a datagram every millisecond, from the fault until \
-         everything is as before (a dead node has come back, a cut is healed). *lost*: its datagrams lost, median and greatest of a \
-         round.\n\
-         - *TCP gap*: the longest time without a new connection coming about, of a client that begins one every 10 ms. *errors*: \
-         connections refused, reset, or not greeted within 4 s, of all rounds.\n\
-         - *broken*: of the TCP connections that stood before the fault in each mode and exchange a byte every two seconds, those \
-         that ended or gave no answer afterwards, of all rounds. The client's and servers' TCP tries again at least once a second.\n\
-         - *two owners*: the longest time in a round in which two hosts answered ARP or neighbour discovery for one address on the \
-         wire, asked every 4 ms. Where the old owner's silence is not made sure of, that is how long traffic goes two ways.\n\n\
-         Every figure is median / p95 / greatest of the rounds unless said otherwise, in ms. Clients, balancers and servers share the \
-         machine's processors. A dead `keepalived` is left dead for longer than a second where it takes its backup longer to \
-         notice.\n"
-    );
-    for case in Case::ALL {
-        let of_case: Vec<&Entry> = entries.iter().filter(|e| e.case == case.name()).collect();
-        if of_case.is_empty() {
-            continue;
-        }
-        let _ = write!(t, "\n## {}\n\n{}.\n", case.name(), upper_first(case.what()));
-        let bounds = case.bounds();
-        if let (Some(median), Some(max)) = (bounds.gap_median, bounds.gap_max) {
-            let _ = write!(
-                t,
-                "Bound for the gap: median {} ms, greatest {} ms.",
-                median.as_millis(),
-                max.as_millis()
-            );
-            if let (Some((lane, max)), Some((kernel, _))) = (case.goal("af_packet"), case.goal("xdp")) {
-                let _ = write!(
-                    t,
-                    " Goal: median {} ms on `af_packet`, {} ms on kernel lanes, greatest {} ms.",
-                    lane.as_millis(),
-                    kernel.as_millis(),
-                    max.as_millis()
-                );
-            }
-            t.push('\n');
-        }
-        t.push_str(
-            "\n| who | rounds | gap | lost | TCP gap | errors | broken | two owners |\n|---|---:|---:|---:|---:|---:|---:|---:|\n",
-        );
-        for e in of_case {
-            let _ = writeln!(t, "{}", row(e));
-        }
-        for e in entries.iter().filter(|e| e.case == case.name() && !e.passed()) {
-            let _ = writeln!(t, "\n**Failed on {}:** {}.", e.subject(), e.wrong.join("; "));
-        }
-    }
-    t.push_str("\n## Not among the cases\n\n");
-    for (what, why) in LEFT_OUT {
-        let _ = writeln!(t, "- {what}: {}.", why.trim_end_matches('.'));
-    }
-    t
-}
-
-fn row(e: &Entry) -> String {
-    let d = |d: Distribution| format!("{} / {} / {}", d.median, d.p95, d.max);
-    let mut who = match &e.lane {
-        Some(lane) => format!("Komainu, `{lane}`"),
-        None => e.subject().replace('-', ", adverts every "),
-    };
-    if e.build.as_deref() == Some("debug") {
-        who.push_str(" (debug build)");
-    }
-    if !e.node_extra.is_empty() {
-        let _ = write!(who, " (`{}`)", e.node_extra.trim().replace('\n', " "));
-    }
-    let broken: Vec<String> =
-        e.by_mode.iter().map(|m| format!("{} of {} `{}`", m.broken, m.established, m.mode)).collect();
-    format!(
-        "| {who} | {} | {} | {}, {} | {} | {} of {} | {} | {} |",
-        e.rounds,
-        d(e.gap_ms),
-        e.lost_per_round.median,
-        e.lost_per_round.max,
-        d(e.tcp_gap_ms),
-        e.tcp_errors,
-        e.tcp_begun,
-        broken.join("<br>"),
-        e.two_owners_ms
-    )
-}
-
-fn upper_first(text: &str) -> String {
-    let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |c| c.to_uppercase().chain(chars).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::chaos::round::CrowdResult;
 
-    fn subject(peer: bool) -> Subject {
-        let name = if peer { "keepalived-100ms" } else { "af_packet" }.to_owned();
-        Subject { name, peer, build: "release".to_owned(), node_extra: String::new() }
+    fn subject(shape: Option<Shape>) -> Subject {
+        Subject {
+            name: if shape.is_some() { "af_packet" } else { "keepalived-100ms" }.to_owned(),
+            shape,
+            profile: "default".to_owned(),
+            commit: "0123abc".to_owned(),
+            build: "release".to_owned(),
+            node_extra: String::new(),
+        }
     }
+
+    fn judged(case: Case, shape: Option<Shape>, rounds: &[Round], timed: bool) -> Entry {
+        Entry::new(case, &subject(shape), None, rounds, timed)
+    }
+
+    const THREE: Option<Shape> = Some(Shape::Three);
 
     fn round(gap_ms: u64, two_owners_ms: u64, broken: usize) -> Round {
         let crowd = CrowdResult { mode: "dsr".into(), established: 10, broken, reasons: Vec::new() };
@@ -374,27 +336,50 @@ mod tests {
 
     #[test]
     fn two_owners_broken_connections_and_long_gaps_fail_a_case() {
-        let case = Case::PowerOff;
-        assert!(Entry::new(case, &subject(false), &[round(190, 0, 0)], true).passed());
-        assert!(!Entry::new(case, &subject(false), &[round(190, 1, 0)], true).passed());
-        assert!(!Entry::new(case, &subject(false), &[round(190, 0, 1)], true).passed());
-        assert!(!Entry::new(case, &subject(false), &[round(201, 0, 0)], true).passed());
-        assert!(
-            !Entry::new(case, &subject(false), &[round(9, 0, 0), round(8, 0, 0), round(351, 0, 0)], true)
-                .passed()
-        );
-        assert!(Entry::new(case, &subject(false), &[round(900, 0, 0)], false).passed());
+        let passed = |rounds: &[Round]| judged(Case::PowerOff, THREE, rounds, true).passed();
+        assert!(passed(&[round(190, 0, 0)]));
+        assert!(!passed(&[round(190, 1, 0)]));
+        assert!(!passed(&[round(190, 0, 1)]));
+        assert!(!passed(&[round(201, 0, 0)]));
+        assert!(!passed(&[round(9, 0, 0), round(8, 0, 0), round(351, 0, 0)]));
+        assert!(judged(Case::PowerOff, THREE, &[round(900, 0, 0)], false).passed());
+        assert!(judged(Case::PowerOff, Some(Shape::PairSafety), &[round(900, 0, 0)], true).passed());
         // What a peer does is told, not judged.
-        assert!(Entry::new(case, &subject(true), &[round(5000, 9, 3)], true).passed());
+        assert!(judged(Case::PowerOff, None, &[round(5000, 9, 3)], true).passed());
+    }
+
+    #[test]
+    fn only_a_pair_that_was_split_may_have_two_owners_and_not_for_long() {
+        let split = |after: u64| Round { two_owners_after_ms: after, ..round(0, 1500, 0) };
+        for (case, shape, after, passes) in [
+            (Case::FullSplit, Shape::Pair, 1000, true),
+            (Case::FullSplit, Shape::Pair, 1001, false),
+            (Case::FullSplit, Shape::PairSafety, 0, false),
+            (Case::FullSplit, Shape::Three, 0, false),
+            (Case::OwnerMute, Shape::Pair, 0, false),
+        ] {
+            let entry = judged(case, Some(shape), &[split(after)], true);
+            assert_eq!(entry.passed(), passes, "{case:?} {shape:?} {:?}", entry.wrong);
+        }
     }
 
     #[test]
     fn a_newer_entry_takes_the_place_of_an_older_one() {
         let mut all = Vec::new();
         for (case, gap) in [(Case::PowerOff, 1), (Case::KillOwner, 2), (Case::PowerOff, 3)] {
-            merge(&mut all, Entry::new(case, &subject(false), &[round(gap, 0, 0)], true));
+            merge(&mut all, judged(case, THREE, &[round(gap, 0, 0)], true));
         }
         let seen: Vec<_> = all.iter().map(|e| (e.case.as_str(), e.gap_ms.max)).collect();
         assert_eq!(seen, [("kill-owner", 2), ("power-off", 3)]);
+        // Another kind of cluster, other durations: another entry.
+        merge(&mut all, judged(Case::PowerOff, Some(Shape::Pair), &[round(4, 0, 0)], true));
+        let fast = Subject { profile: "fast".to_owned(), ..subject(THREE) };
+        merge(&mut all, Entry::new(Case::PowerOff, &fast, None, &[round(5, 0, 0)], true));
+        let seen: Vec<_> = all.iter().map(|e| e.gap_ms.max).collect();
+        assert_eq!(seen, [2, 3, 5, 4]);
+        assert!(all[2].is_of(Case::PowerOff, &fast) && !all[2].is_of(Case::PowerOff, &subject(THREE)));
+        let json = serde_json::to_string(&all).unwrap();
+        let back: Vec<Entry> = serde_json::from_str(&json).unwrap();
+        assert_eq!(back.len(), 4);
     }
 }

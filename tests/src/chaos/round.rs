@@ -71,6 +71,26 @@ pub struct Silence {
     pub lost: u64,
 }
 
+/// How long the parts of a round took, in ms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Took {
+    /// Until everything was well, and clients were there.
+    pub before: u64,
+    /// The case, until clients were served again.
+    pub play: u64,
+    /// Until everything was well again.
+    pub settle: u64,
+    /// Roll call, late answers.
+    pub after: u64,
+}
+
+impl Took {
+    /// All of it.
+    pub fn total(&self) -> Duration {
+        Duration::from_millis(self.before + self.play + self.settle + self.after)
+    }
+}
+
 /// What one round has shown.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Round {
@@ -96,6 +116,8 @@ pub struct Round {
     pub crowds: Vec<CrowdResult>,
     /// Longest time that two hosts answered for one address.
     pub two_owners_ms: u64,
+    /// How long after a cut began to be healed two hosts still did.
+    pub two_owners_after_ms: u64,
     /// Who answered for the VIP when.
     pub wire: Vec<Stretch>,
     /// Frames that the owner has dropped in the end, by reason, where it says so.
@@ -104,6 +126,8 @@ pub struct Round {
     pub wrong: Vec<String>,
     /// What else is worth knowing.
     pub notes: Vec<String>,
+    /// How long it took.
+    pub took: Took,
 }
 
 /// What stays from round to round of one case.
@@ -138,6 +162,11 @@ impl Measure {
     }
 
     fn measured(&self, side: &mut dyn Contender, case: Case, number: usize, round: &mut Round) -> Result<()> {
+        let mut clock = Instant::now();
+        let mut lap = || {
+            let before = std::mem::replace(&mut clock, Instant::now());
+            (clock - before).as_millis() as u64
+        };
         let owner = side.settle().context("before the fault")?;
         side.calm(&owner);
         let addresses = side.addresses();
@@ -169,18 +198,24 @@ impl Measure {
             stream: &stream,
             crowds: self.crowds.iter().map(|(_, crowd)| crowd).collect(),
             at: Instant::now(),
+            mended: None,
             round: number,
             wrong: Vec::new(),
             notes: Vec::new(),
         };
+        round.took.before = lap();
         let played = scene.play(case);
-        let at = scene.at;
+        round.took.play = lap();
+        let (at, healed) = (scene.at, scene.mended);
         round.wrong.append(&mut scene.wrong);
         round.notes.append(&mut scene.notes);
         let mended = played.and_then(|()| {
             single_owner(&watch, vip)?;
-            side.settle().context("after the fault was mended")
+            // Where nobody had to before.
+            scene.served()?;
+            scene.side.settle().context("after the fault was mended")
         });
+        round.took.settle = lap();
         if let (Ok(after), Some(cluster)) = (&mended, side.cluster()) {
             round.drops = cluster.status(after)?.drops.into_iter().filter(|(_, n)| *n > 0).collect();
         }
@@ -207,7 +242,11 @@ impl Measure {
         (round.tcp_begun, round.tcp_failed) = (churned.begun, churned.failed);
         round.tcp_failures = churned.failures;
         round.two_owners_ms = wire.worst_two_owners_ms();
+        let last = wire.overlaps().iter().map(|o| o.to).max();
+        round.two_owners_after_ms =
+            last.zip(healed).map_or(0, |(last, healed)| last.saturating_duration_since(healed).as_millis() as u64);
         round.wire = stretches(&wire, vip, at);
+        round.took.after = lap();
         mended.map(drop)
     }
 }
