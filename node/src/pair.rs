@@ -15,7 +15,7 @@ use komainu_cluster::state::Change;
 use komainu_cluster::time::Instant;
 use komainu_packet::lane::SharedLane;
 use komainu_packet::netlink;
-use komainu_packet::segment::{SegmentSocket, sound};
+use komainu_packet::segment::{Found, SegmentSocket, Sounder};
 use komainu_packet::time::BootTime;
 use komainu_proto::domain::{NodeId, Role};
 
@@ -99,27 +99,41 @@ impl SecondPath for Segment {
 pub async fn watch(config: NodeConfig, lane: SharedLane, cluster: ClusterHandle) {
     let Some(service) = config.service.clone() else { return };
     let (mut wanted, lasts) = (cluster.sounds(), sounding(&config.timing));
-    while wanted.wait_for(|on| *on).await.is_ok() {
+    let mut sounder: Option<Sounder> = None;
+    loop {
+        if !*wanted.borrow_and_update() {
+            if let Some(used) = sounder.take() {
+                // Closing it takes a while.
+                tokio::task::spawn_blocking(move || drop(used));
+            }
+            if wanted.wait_for(|on| *on).await.is_err() {
+                return;
+            }
+        }
         let view = cluster.view().borrow().clone();
         let vips: Vec<IpAddr> =
             view.state.groups.iter().flat_map(|g| g.config.vips.iter().copied()).collect();
         let gateway = gateway(&config, Some(&lane));
         let own = lane.links().into_iter().find(|l| l.name == service.interface).and_then(|l| l.mac);
         let interface = service.interface.clone();
+        let opened = sounder.take();
         let began = now();
-        let found = match own {
-            Some(own) => {
-                tokio::task::spawn_blocking(move || sound(&interface, own, gateway, &vips, lasts)).await
+        let found = tokio::task::spawn_blocking(move || -> io::Result<(Sounder, Found)> {
+            let own = own.ok_or(io::ErrorKind::NotFound)?;
+            let sounder = opened.map_or_else(|| Sounder::open(&interface), Ok)?;
+            let found = sounder.sound(own, gateway, &vips, lasts)?;
+            Ok((sounder, found))
+        });
+        let result = match found.await {
+            Ok(Ok((used, found))) => {
+                sounder = Some(used);
+                Sounding {
+                    began,
+                    ended: now(),
+                    arbiter: gateway.map(|_| found.gateway),
+                    claimed: found.claimed.map(|(address, _)| address),
+                }
             }
-            None => Ok(Err(io::ErrorKind::NotFound.into())),
-        };
-        let result = match found {
-            Ok(Ok(found)) => Sounding {
-                began,
-                ended: now(),
-                arbiter: gateway.map(|_| found.gateway),
-                claimed: found.claimed.map(|(address, _)| address),
-            },
             // Whoever can't ask is in no position to go on alone.
             Ok(Err(error)) => {
                 tracing::debug!(%error, "the service network can't be sounded");

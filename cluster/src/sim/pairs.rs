@@ -439,7 +439,11 @@ mod tests {
             let owner = w.owner(G).unwrap();
             let died = w.t;
             w.kill_and_tell(owner, MS);
-            assert!(w.run_until(died + 1_000 * MS, |w| w.owner(G) == Some(3 - owner)).unwrap(), "{}", told(&w));
+            assert!(
+                w.run_until(died + 1_000 * MS, |w| w.owner(G) == Some(3 - owner)).unwrap(),
+                "{}",
+                told(&w)
+            );
             assert!(w.t - died < SILENCE, "seed {seed}: after {} ms\n{}", (w.t - died) / MS, told(&w));
             w.start(owner).unwrap();
             assert!(w.run_until(w.t + 6_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));

@@ -34,38 +34,57 @@ pub struct Found {
     pub claimed: Option<(IpAddr, Mac)>,
 }
 
-/// Asks on `interface`, whose station is `own`, for a gateway and for `addresses`, and listens, for `lasts` in all; with hundreds
-/// of addresses for longer. An answer to an earlier sounding's question counts, too: slow stations are heard in the next.
-///
-/// # Errors
-/// The interface is gone or down, or there is no permission.
-pub fn sound(
-    interface: &str,
-    own: Mac,
-    gateway: Option<IpAddr>,
-    addresses: &[IpAddr],
-    lasts: Duration,
-) -> io::Result<Found> {
-    let ifindex = nix::net::if_::if_nametoindex(interface)? as i32;
-    let asked: BTreeSet<IpAddr> = addresses.iter().copied().take(MAX_ASKED).collect();
-    let questions: Vec<Vec<u8>> = gateway.iter().chain(&asked).map(|a| question(*a, own)).collect();
-    let sockets = [open(ifindex, libc::ETH_P_ARP)?, open(ifindex, libc::ETH_P_IPV6)?];
-    let mut found = Found::default();
-    let every = lasts / ROUNDS;
-    for _ in 0..ROUNDS {
-        let mut until = Instant::now() + every;
-        for (i, burst) in questions.chunks(BURST).enumerate() {
-            if i > 0 {
-                listen(&sockets, PAUSE, own, gateway, &asked, &mut found);
-                until = Instant::now() + every;
-            }
-            for frame in burst {
-                send(sockets[0].as_fd(), ifindex, frame)?;
-            }
-        }
-        listen(&sockets, until.saturating_duration_since(Instant::now()), own, gateway, &asked, &mut found);
+/// Asks a segment. Opened for some soundings that follow each other: the kernel takes up to tens of milliseconds to close sockets of
+/// this kind, which nobody should wait for who wants an answer; and what has come meanwhile is taken for one.
+#[derive(Debug)]
+pub struct Sounder {
+    ifindex: i32,
+    sockets: [OwnedFd; 2],
+}
+
+impl Sounder {
+    /// Opens it on `interface`, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// There is no such interface; `EPERM` without `CAP_NET_RAW`.
+    pub fn open(interface: &str) -> io::Result<Sounder> {
+        let ifindex = nix::net::if_::if_nametoindex(interface)? as i32;
+        let sockets = [open(ifindex, libc::ETH_P_ARP)?, open(ifindex, libc::ETH_P_IPV6)?];
+        Ok(Sounder { ifindex, sockets })
     }
-    Ok(found)
+
+    /// Asks, from the station `own`, for a gateway and for `addresses`, and listens, for `lasts` in all; with hundreds of addresses
+    /// for longer. An answer to an earlier sounding's question counts, too: slow stations are heard in the next.
+    ///
+    /// # Errors
+    /// The interface is gone or down.
+    pub fn sound(
+        &self,
+        own: Mac,
+        gateway: Option<IpAddr>,
+        addresses: &[IpAddr],
+        lasts: Duration,
+    ) -> io::Result<Found> {
+        let asked: BTreeSet<IpAddr> = addresses.iter().copied().take(MAX_ASKED).collect();
+        let questions: Vec<Vec<u8>> = gateway.iter().chain(&asked).map(|a| question(*a, own)).collect();
+        let mut found = Found::default();
+        let every = lasts / ROUNDS;
+        for _ in 0..ROUNDS {
+            let mut until = Instant::now() + every;
+            for (i, burst) in questions.chunks(BURST).enumerate() {
+                if i > 0 {
+                    listen(&self.sockets, PAUSE, own, gateway, &asked, &mut found);
+                    until = Instant::now() + every;
+                }
+                for frame in burst {
+                    send(self.sockets[0].as_fd(), self.ifindex, frame)?;
+                }
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            listen(&self.sockets, left, own, gateway, &asked, &mut found);
+        }
+        Ok(found)
+    }
 }
 
 fn question(address: IpAddr, own: Mac) -> Vec<u8> {
