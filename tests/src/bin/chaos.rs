@@ -316,7 +316,8 @@ fn options() -> Result<Option<Options>> {
                     options.cases = list(&text)
                         .iter()
                         .map(|name| {
-                            Case::named(name).with_context(|| format!("no case \"{name}\": --list shows them"))
+                            Case::named(name)
+                                .with_context(|| format!("no case \"{name}\": --list shows them"))
                         })
                         .collect::<Result<_>>()?;
                 }

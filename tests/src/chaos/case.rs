@@ -158,9 +158,7 @@ impl Case {
             Case::KillBothInTurn => {
                 "the owner is killed and comes back; then the one that took over is killed"
             }
-            Case::PowerOff => {
-                "the owner loses all links and its process at one instant; boots after 0.6 s"
-            }
+            Case::PowerOff => "the owner loses all links and its process at one instant; boots after 0.6 s",
             Case::Stop100Ms => "the owner's process is stopped (SIGSTOP) for 0.1 s and goes on",
             Case::Stop1S => "the same for 1 s",
             Case::Stop3S => "the same for 3 s",
@@ -212,7 +210,9 @@ impl Case {
             Case::KillOwner | Case::PowerOff => Bounds { gap_median: ms(200), gap_max: ms(350), ..live },
             Case::Switchover | Case::KillWitness => Bounds { lost_median: Some(0), ..live },
             // Connections made since the change are known to the owner only, until standbys are told of them.
-            Case::KillOwnerInTransition => Bounds { connections_live: false, ..Case::KillOwner.bounds(shape) },
+            Case::KillOwnerInTransition => {
+                Bounds { connections_live: false, ..Case::KillOwner.bounds(shape) }
+            }
             // Nobody forwards for longer than TCP waits before it tries again.
             Case::BootAtOnce => Bounds::default(),
             _ => live,

@@ -78,6 +78,8 @@ pub struct Entry {
     pub rounds: usize,
     /// Longest gap of a client that sends a datagram every millisecond, by round.
     pub gap_ms: Distribution,
+    /// First gap after the fault, by round.
+    pub first_gap_ms: Option<Distribution>,
     /// Datagrams lost, all rounds together.
     pub lost: u64,
     /// The same by round.
@@ -152,6 +154,7 @@ impl Entry {
             node_extra: subject.node_extra.clone(),
             rounds: rounds.len(),
             gap_ms: Distribution::of(rounds.iter().map(|r| r.gap_ms)),
+            first_gap_ms: Some(Distribution::of(rounds.iter().map(|r| r.first_gap_ms))),
             lost: rounds.iter().map(|r| r.lost).sum(),
             lost_per_round: Distribution::of(rounds.iter().map(|r| r.lost)),
             tcp_gap_ms: Distribution::of(rounds.iter().map(|r| r.tcp_gap_ms)),
@@ -243,7 +246,7 @@ impl Entry {
     /// One line for whoever watches.
     pub fn line(&self) -> String {
         format!(
-            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms | lost {} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
+            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms, the first {:?} | lost {} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
             self.case,
             self.subject(),
             self.cluster.as_deref().unwrap_or_default(),
@@ -253,6 +256,7 @@ impl Entry {
             self.gap_ms.median,
             self.gap_ms.p95,
             self.gap_ms.max,
+            self.first_gap_ms.map(|d| (d.median, d.p95, d.max)).unwrap_or_default(),
             self.lost,
             self.tcp_gap_ms.median,
             self.tcp_gap_ms.p95,

@@ -100,6 +100,8 @@ pub struct Round {
     pub owner_led: Option<bool>,
     /// Longest gap of the client that sends a datagram every millisecond, from the fault to the end of the round.
     pub gap_ms: u64,
+    /// The first gap after the fault: what it cost itself. Later ones are of nodes that come back, and of whatever else there is.
+    pub first_gap_ms: u64,
     /// Datagrams lost.
     pub lost: u64,
     /// The longest gaps, in order of time.
@@ -236,6 +238,8 @@ impl Measure {
         let stream = stream.stop();
         let wire = watch.stop();
         round.gap_ms = stream.longest_gap_after(at).as_millis() as u64;
+        let first = stream.gaps.iter().filter(|g| g.from + g.length > at).min_by_key(|g| g.from);
+        round.first_gap_ms = first.map_or(0, |g| g.length.as_millis() as u64);
         round.lost = stream.lost_between(at, Instant::now());
         round.gaps = longest(&stream, at);
         round.tcp_gap_ms = churned.longest_gap.as_millis() as u64;
@@ -243,8 +247,9 @@ impl Measure {
         round.tcp_failures = churned.failures;
         round.two_owners_ms = wire.worst_two_owners_ms();
         let last = wire.overlaps().iter().map(|o| o.to).max();
-        round.two_owners_after_ms =
-            last.zip(healed).map_or(0, |(last, healed)| last.saturating_duration_since(healed).as_millis() as u64);
+        round.two_owners_after_ms = last
+            .zip(healed)
+            .map_or(0, |(last, healed)| last.saturating_duration_since(healed).as_millis() as u64);
         round.wire = stretches(&wire, vip, at);
         round.took.after = lap();
         mended.map(drop)
