@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use crate::flow::{BackendSide, ClientSide, Direction, Flow, FlowId, Segment, State, Touched};
+use crate::flow::{BackendSide, ClientSide, Direction, Flow, FlowId, Segment, Touched};
 use crate::time::BootTime;
 
 use super::Engine;
@@ -76,12 +76,10 @@ pub enum Reservation {
     NoRoom,
 }
 
-/// When the last packet of a flow passed without the engine, where some may have. Of a kept flow that has ended nobody asks: late
-/// segments don't make it live on, and a busy machine has very many of them.
+/// When the last packet of a flow passed without the engine, where some may have. Also of a kept flow that has ended: the program
+/// reckons by the same time when it opens one again, and must not while the engine forgets it.
 pub(crate) fn seen_beside(cache: &dyn FlowCache, flow: &Flow) -> Option<BootTime> {
-    let kept = cache.keeps(flow);
-    let asked = if kept { flow.state() != State::Closed } else { flow.is_steady() };
-    if asked { cache.last_seen(flow) } else { None }
+    if flow.is_steady() || cache.keeps(flow) { cache.last_seen(flow) } else { None }
 }
 
 /// What passed a backend without the engine.
