@@ -108,7 +108,9 @@ impl Bed {
 
     /// The same, its maps of flows with room for so many at first.
     pub(super) fn with_room(mode: Mode, v6: bool, in_transition: bool, first_flows: u32) -> Result<Bed> {
-        let sizes = Sizes { backends: 256, services: 64, flows: FLOWS[3], first_flows, ..Sizes::default() };
+        // Beside those that are remembered there is room for those that are made.
+        let flows = FLOWS[3] + MADE;
+        let sizes = Sizes { backends: 256, services: 64, flows, first_flows, ..Sizes::default() };
         let mut kernel = Kernel::load(Hook::Xdp, sizes)?;
         let news = Mutex::new(kernel.take_news().context("nobody else listens to the program")?);
         let maps = Arc::clone(kernel.maps());
