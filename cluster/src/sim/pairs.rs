@@ -356,7 +356,9 @@ mod tests {
     #[test]
     fn no_pair_breaks_an_invariant() {
         let number = |name| std::env::var(name).ok().and_then(|s: String| s.parse::<u64>().ok());
-        let (first, seeds) = (number("SEED").unwrap_or(1), number("SEEDS").unwrap_or(SEEDS));
+        // A quarter as many pairs as other clusters, like `make sim`.
+        let seeds = number("SEEDS").map_or(SEEDS, |all| all.div_ceil(4));
+        let first = number("SEED").unwrap_or(1);
         let lines = number("LINES").unwrap_or(60) as usize;
         let failed = Mutex::new(Vec::new());
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
