@@ -152,8 +152,8 @@ impl Shared {
             words
         };
         let mut last = String::new();
-        for line in words.into_iter().flat_map(|w| BufReader::new(w.take(MAX_WORDS)).lines()) {
-            let line = line?;
+        let lines = words.into_iter().flat_map(|w| BufReader::new(w.take(MAX_WORDS)).lines());
+        for line in lines.map_while(Result::ok) {
             if line == READY {
                 let mut state = self.lock();
                 let pid = state.child.as_ref().map_or(0, Child::id);
@@ -163,9 +163,10 @@ impl Shared {
                 last = line;
             }
         }
-        let child = self.lock().child.take();
-        let status = child.map(|mut child| child.wait()).transpose()?;
-        let status = status.map_or_else(String::new, |s| s.to_string());
+        let Some(mut child) = self.lock().child.take() else { return Ok(last) };
+        // It has ended, or says what no executor says; from here on nobody else can end it, and it is waited for.
+        let _ = child.kill();
+        let status = child.wait()?.to_string();
         Ok(if last.is_empty() { status } else { format!("{status}: {last}") })
     }
 }
