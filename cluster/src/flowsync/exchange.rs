@@ -33,7 +33,7 @@ pub struct Exchange {
     next_mark: u32,
     /// The highest generation of a peer that is none any more: should it come back, it may still remember that one.
     last_generation: u64,
-    /// Under which epoch each group was told of last, and by whom.
+    /// Under which epoch each group was told of last, and by whom: of each peer no more groups than one generation has.
     newest: BTreeMap<GroupId, (u64, NodeId)>,
 }
 
@@ -280,10 +280,10 @@ impl Exchange {
             };
             let Some((data, mark, scope)) = link.receiving.next(installed, &blocked, mark) else { continue };
             if data.begins.is_some() {
+                self.newest.retain(|_, (_, teller)| *teller != peer);
                 for owned in scope {
                     let newest = self.newest.entry(owned.group).or_insert((owned.epoch, peer));
-                    // Of one peer what it said last counts: one of a pair that gives way goes on under the other's epochs.
-                    if newest.1 == peer || owned.epoch > newest.0 {
+                    if owned.epoch > newest.0 {
                         *newest = (owned.epoch, peer);
                     }
                 }

@@ -28,11 +28,14 @@
 //! | `wire` | both datagrams, byte by byte |
 //! | `sending`, `receiving` | one direction to and from one peer |
 //! | `exchange` | all peers; what a shell talks to |
+//! | `model` | a flow table for simulations |
 //!
 //! Order of calls: `handle_*`, `set_*` and `push`; then [`Exchange::wants_dump`], [`Exchange::poll_step`] and
 //! [`Exchange::poll_transmit`] until each has nothing; then sleep until [`Exchange::next_deadline`].
 
 mod exchange;
+#[cfg(any(test, feature = "sim"))]
+pub mod model;
 mod receiving;
 mod sending;
 #[cfg(test)]

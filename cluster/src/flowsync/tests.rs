@@ -1,51 +1,19 @@
 //! Nodes with their tables on a network that loses, repeats and reorders, on virtual time.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use komainu_proto::domain::{BackendId, NodeId, ServiceId};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use super::model::Table;
 use super::*;
 use crate::seal::{Kind, OVERHEAD, Session};
 use crate::time::Instant;
 
 const MS: u64 = 1_000_000;
 const G: GroupId = GroupId(1);
-
-/// A flow table: places, and which flow stands where.
-#[derive(Default)]
-struct Table {
-    places: Vec<Option<(Record, u32)>>,
-    by_name: HashMap<Name, usize>,
-}
-
-impl Table {
-    fn put(&mut self, record: Record, mark: u32) {
-        let place = *self.by_name.entry(record.name).or_insert_with(|| {
-            self.places.push(None);
-            self.places.len() - 1
-        });
-        self.places[place] = Some((record, mark));
-    }
-
-    fn remove(&mut self, name: Name) {
-        if let Some(place) = self.by_name.remove(&name) {
-            self.places[place] = None;
-        }
-    }
-
-    fn sweep(&mut self, mark: u32) {
-        let stale: Vec<Name> =
-            self.places.iter().flatten().filter(|(_, m)| *m != mark).map(|(r, _)| r.name).collect();
-        stale.into_iter().for_each(|name| self.remove(name));
-    }
-
-    fn all(&self) -> BTreeSet<(Name, u32, u8)> {
-        self.places.iter().flatten().map(|(r, _)| (r.name, r.backend.0, r.progress)).collect()
-    }
-}
 
 struct Node {
     id: NodeId,
@@ -139,8 +107,7 @@ impl World {
     fn gone(&mut self, node: usize, n: u16) {
         let now = self.at();
         let node = &mut self.nodes[node];
-        if node.table.by_name.contains_key(&name(n)) {
-            node.table.remove(name(n));
+        if node.table.remove(&name(n)) {
             node.exchange.push(Change::Gone(name(n)), now);
         }
     }
@@ -154,39 +121,20 @@ impl World {
         node.exchange.set_installed(node.installed);
         node.exchange.handle_timeout(now);
         while let Some(dump) = node.exchange.wants_dump() {
-            let to = dump.from + 50;
-            let places = node.table.places.get(dump.from..to.min(node.table.places.len())).unwrap_or(&[]);
-            let flows: Vec<Change> = places.iter().flatten().map(|(r, _)| Change::Known(*r)).collect();
-            let next = (to < node.table.places.len()).then_some(to);
+            let (flows, next) = node.table.piece(dump.from, 50);
+            let flows: Vec<Change> = flows.copied().map(Change::Known).collect();
             node.exchange.dumped(&dump, flows, next, now);
         }
         while let Some(work) = node.exchange.poll_step(|_| false) {
             assert_ne!(work.mark, 0);
-            let steps = if work.stale.contains(&G) { Vec::new() } else { work.steps };
-            for step in steps {
-                match step {
-                    Step::Adopt(changes) => {
-                        for change in changes {
-                            match change {
-                                Change::Known(record) if node.owner => {
-                                    if !node.table.by_name.contains_key(&record.name) {
-                                        node.table.put(record, work.mark);
-                                        node.exchange.push(change, now);
-                                    }
-                                }
-                                Change::Gone(_) if node.owner => {}
-                                Change::Known(record) => node.table.put(record, work.mark),
-                                Change::Gone(name) => node.table.remove(name),
-                            }
-                        }
-                    }
-                    Step::Sweep(groups) => {
-                        assert_eq!(groups, [G]);
-                        if !node.owner {
-                            node.table.sweep(work.mark);
-                        }
-                    }
-                }
+            assert!(
+                work.steps
+                    .iter()
+                    .all(|s| !matches!(s, Step::Sweep(groups) if groups.iter().any(|g| *g != G)))
+            );
+            node.table.take_over(&work, |_| G, |_| node.owner);
+            for change in std::mem::take(&mut node.table.news) {
+                node.exchange.push(change, now);
             }
             node.exchange.done(work.peer, now);
         }
@@ -268,8 +216,12 @@ impl World {
     }
 
     fn same(&self) -> bool {
-        self.nodes[0].table.all() == self.nodes[1].table.all()
+        all(&self.nodes[0].table) == all(&self.nodes[1].table)
     }
+}
+
+fn all(table: &Table) -> BTreeSet<(Name, u32, u8)> {
+    table.records().map(|r| (r.name, r.backend.0, r.progress)).collect()
 }
 
 fn name(n: u16) -> Name {
@@ -370,14 +322,14 @@ fn an_earlier_owner_takes_nothing_away_from_what_a_later_one_tells() {
     w.known(1, 500, 2);
     w.gone(1, 7);
     w.run(1500);
-    let right = w.nodes[1].table.all();
-    assert_eq!((right.len(), w.nodes[2].table.all() == right), (100, true));
+    let right = all(&w.nodes[1].table);
+    assert_eq!((right.len(), all(&w.nodes[2].table) == right), (100, true));
     w.nodes[0].exchange.restart();
     w.run(1500);
     w.gone(0, 8);
     w.run(200);
     assert!(w.status(0, 3).caught_up);
-    assert_eq!(w.nodes[2].table.all(), right);
+    assert_eq!(all(&w.nodes[2].table), right);
 }
 
 #[test]
@@ -424,7 +376,7 @@ fn what_came_by_newer_tables_waits_for_them() {
     w.nodes[0].exchange.set_index(7);
     w.known(0, 1, 1);
     w.run(500);
-    assert!(w.nodes[1].table.all().is_empty());
+    assert!(all(&w.nodes[1].table).is_empty());
     assert_eq!(w.status(0, 2).lag, Some(1));
     assert!(w.nodes[1].exchange.waits_for(7) && !w.nodes[1].exchange.waits_for(6));
     w.nodes[1].installed = 7;
@@ -516,7 +468,7 @@ fn barriers_wait_for_what_was_told_before() {
     // Two ways and no waiting for others.
     w.run(3);
     assert!(w.nodes[0].exchange.is_past(&moment));
-    assert!(w.nodes[1].table.by_name.contains_key(&name(1)));
+    assert!(w.nodes[1].table.get(&name(1)).is_some());
 }
 
 /// Datagrams of an earlier life of either side, played back by somebody who recorded them.
@@ -558,7 +510,7 @@ fn three_balancers_all_follow_the_owner() {
         w.known(0, n, 1);
     }
     w.run(200);
-    assert!(w.same() && w.nodes[2].table.all() == w.nodes[0].table.all());
+    assert!(w.same() && all(&w.nodes[2].table) == all(&w.nodes[0].table));
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -663,7 +615,7 @@ proptest! {
         }
         (w.loss, w.duplicates, w.jitter) = (0.0, 0.0, 0);
         w.run(6000);
-        prop_assert!(w.same(), "{:?}\n{:?}", w.nodes[0].table.all(), w.nodes[1].table.all());
+        prop_assert!(w.same(), "{:?}\n{:?}", all(&w.nodes[0].table), all(&w.nodes[1].table));
         prop_assert!(w.status(owner, 2 - owner as u64).caught_up);
         prop_assert_eq!(w.status(owner, 2 - owner as u64).lag, Some(0));
     }

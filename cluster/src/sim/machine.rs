@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use komainu_proto::domain::{GroupId, NodeId, Role};
 
-use super::warm::{Table, Warm};
+use super::warm::Warm;
 use crate::api::{LeaseUpdate, NodeIdentity};
 use crate::core::{Config, Core, Now, Peer};
+use crate::flowsync::model::Table;
 use crate::pair::Policy;
 use crate::pulse::{Pulse, Will};
 use crate::raft::Persist;

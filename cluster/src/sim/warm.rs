@@ -3,7 +3,7 @@
 //!
 //! Random numbers here come from a stream of their own, so that a run with flows is the run without them otherwise.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use komainu_proto::domain::{BackendId, GroupId, NodeId, Role, ServiceId};
@@ -11,6 +11,7 @@ use komainu_proto::domain::{BackendId, GroupId, NodeId, Role, ServiceId};
 use super::Random;
 use super::machine::{Machine, Time};
 use super::world::{Arrival, Event, MS, World};
+use crate::flowsync::model::Table;
 use crate::flowsync::{
     Change, Data, Exchange, Name, Owned, Record, Report, Step, Transmit, Work, data_context, report_context,
 };
@@ -25,39 +26,6 @@ const EVERY: Time = 40 * MS;
 const MOST: usize = 24;
 /// Places of a table that are given out at once.
 const PIECE: usize = 8;
-
-/// A data path's flow table: places, and which flow stands where.
-#[derive(Debug, Default)]
-pub struct Table {
-    places: Vec<Option<(Record, u32)>>,
-    by_name: HashMap<Name, usize>,
-    /// What the process has not yet taken.
-    news: Vec<Change>,
-}
-
-impl Table {
-    fn put(&mut self, record: Record, mark: u32) {
-        let place = *self.by_name.entry(record.name).or_insert_with(|| {
-            self.places.push(None);
-            self.places.len() - 1
-        });
-        self.places[place] = Some((record, mark));
-    }
-
-    fn remove(&mut self, name: &Name) -> bool {
-        let place = self.by_name.remove(name);
-        place.is_some_and(|place| self.places[place].take().is_some())
-    }
-
-    fn get(&self, name: &Name) -> Option<&Record> {
-        self.places[*self.by_name.get(name)?].as_ref().map(|(record, _)| record)
-    }
-
-    /// Flows of a group.
-    fn of(&self, group: GroupId) -> impl Iterator<Item = &Record> {
-        self.places.iter().flatten().map(|(r, _)| r).filter(move |r| group_of(&r.name) == group)
-    }
-}
 
 /// The process's side of it.
 #[derive(Debug)]
@@ -124,6 +92,11 @@ fn told_by(work: &Work) -> String {
         text += &format!(", not heard on {:?}", work.stale.iter().map(|g| g.0).collect::<Vec<_>>());
     }
     text
+}
+
+/// Flows of a group.
+fn of(table: &Table, group: GroupId) -> impl Iterator<Item = &Record> {
+    table.records().filter(move |r| group_of(&r.name) == group)
 }
 
 fn group_of(name: &Name) -> GroupId {
@@ -202,13 +175,11 @@ impl Machine {
         }
         warm.exchange.set_installed(installed);
         while let Some(dump) = warm.exchange.wants_dump() {
-            let to = (dump.from + PIECE).min(self.flows.places.len());
-            let piece = self.flows.places.get(dump.from..to).unwrap_or_default().iter().flatten();
+            let (piece, next) = self.flows.piece(dump.from, PIECE);
             let piece: Vec<_> = piece
-                .filter(|(r, _)| dump.groups.contains(&group_of(&r.name)))
-                .map(|(r, _)| Change::Known(*r))
+                .filter(|r| dump.groups.contains(&group_of(&r.name)))
+                .map(|r| Change::Known(*r))
                 .collect();
-            let next = (to < self.flows.places.len()).then_some(to);
             warm.exchange.dumped(&dump, piece, next, now);
         }
         let blocked = |theirs: &[Owned]| {
@@ -216,7 +187,7 @@ impl Machine {
         };
         while let Some(work) = warm.exchange.poll_step(blocked) {
             note(told_by(&work));
-            self.flows.take_over(&work, owns);
+            self.flows.take_over(&work, group_of, owns);
             warm.exchange.done(work.peer, now);
         }
         warm.exchange.handle_timeout(now);
@@ -234,45 +205,6 @@ impl Machine {
         warm.followers = caught_up.map(|p| p.node).collect();
         p.pulse.lock().expect("no panic").set_followers(Some(warm.followers.clone()));
         out
-    }
-}
-
-impl Table {
-    /// As the engine does it: a node with a lease takes what it lacks and lets nothing be taken away.
-    fn take_over(&mut self, work: &Work, owns: impl Fn(GroupId) -> bool) {
-        for step in &work.steps {
-            match step {
-                Step::Adopt(changes) => {
-                    let stale = |change: &&Change| {
-                        let (Change::Known(Record { name, .. }) | Change::Gone(name)) = change;
-                        work.stale.contains(&group_of(name))
-                    };
-                    for change in changes.iter().filter(|c| !stale(c)) {
-                        match change {
-                            Change::Known(r) if owns(group_of(&r.name)) => match self.get(&r.name) {
-                                Some(known) if known == r => self.put(*r, work.mark),
-                                Some(_) => {}
-                                None => {
-                                    self.put(*r, work.mark);
-                                    self.news.push(*change);
-                                }
-                            },
-                            Change::Known(r) => self.put(*r, work.mark),
-                            Change::Gone(name) if owns(group_of(name)) => {}
-                            Change::Gone(name) => _ = self.remove(name),
-                        }
-                    }
-                }
-                Step::Sweep(groups) => {
-                    let stale = self.places.iter().flatten().filter(|(r, mark)| {
-                        let group = group_of(&r.name);
-                        *mark != work.mark && groups.contains(&group) && !owns(group)
-                    });
-                    let stale: Vec<Name> = stale.map(|(r, _)| r.name).collect();
-                    stale.iter().for_each(|name| _ = self.remove(name));
-                }
-            }
-        }
     }
 }
 
@@ -309,7 +241,7 @@ impl World {
             let machine = self.machines.get_mut(&node).expect("a node of this world");
             let forwards = machine.lane.get(&group).is_some_and(|l| l.forward_until > machine.clock(t));
             if forwards && machine.halted_since.is_none() && machine.process.is_some() {
-                let there: Vec<Name> = machine.flows.of(group).map(|r| r.name).collect();
+                let there: Vec<Name> = of(&machine.flows, group).map(|r| r.name).collect();
                 if there.len() >= MOST || (!there.is_empty() && flows.random.below(3) == 0) {
                     let name = there[flows.random.below(there.len() as u64) as usize];
                     machine.flows.remove(&name);
@@ -413,7 +345,7 @@ impl World {
                     continue;
                 }
                 told.retain(|name, _| group_of(name) != owned.group);
-                for record in machine.flows.of(owned.group) {
+                for record in of(&machine.flows, owned.group) {
                     if other.flows.get(&record.name) != Some(record) {
                         return Err(format!(
                             "n{node} takes n{} for told of {record:?}, which has {:?}",
@@ -445,9 +377,7 @@ impl World {
             }
             count += 1;
         }
-        if let Some((name, r)) = machine
-            .flows
-            .of(group)
+        if let Some((name, r)) = of(&machine.flows, group)
             .map(|r| (r.name, r))
             .find(|(name, r)| !flows.known.contains(&(*name, r.backend)))
         {
@@ -476,7 +406,7 @@ impl World {
         state.groups.iter().all(|group| {
             let Some(owner) = self.owner(group.id) else { return false };
             let of = |node: &u64| {
-                let flows = self.machines[node].flows.of(group.id);
+                let flows = of(&self.machines[node].flows, group.id);
                 flows.map(|r| (r.name, r.backend)).collect::<BTreeSet<_>>()
             };
             let known = of(&owner);
@@ -500,7 +430,7 @@ impl World {
             let followers =
                 owner.and_then(|o| self.process(o)).and_then(|p| p.warm.as_ref()).map(|w| &w.followers);
             let counts: Vec<_> =
-                self.machines.iter().map(|(id, m)| (*id, m.flows.of(group.id).count())).collect();
+                self.machines.iter().map(|(id, m)| (*id, of(&m.flows, group.id).count())).collect();
             text += &format!(
                 "group {}: owner {owner:?}, followers {followers:?}, flows {counts:?}; ",
                 group.id.0
