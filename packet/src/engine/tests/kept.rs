@@ -6,9 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::engine::nat::MAX_HALF_OPEN;
-use crate::engine::{
-    FlowCache, FlowName, FlowNews, FlowOutbox, Kept, Port, Reservation, SNAT_PORT_UPPER, Verdict,
-};
+use crate::engine::{FlowCache, FlowName, FlowNews, Kept, Port, Reservation, SNAT_PORT_UPPER, Verdict};
 use crate::flow::{BackendSide, ClientSide, Direction, Flow, Segment, two_way_step};
 use crate::lane::FlowFilter;
 use crate::plan::*;
@@ -78,21 +76,6 @@ impl FlowCache for Program {
         let mut book = self.0.lock().unwrap();
         book.refused += 1;
         book.bound.remove(backend);
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-struct Outbox(Arc<Mutex<Vec<FlowNews>>>);
-
-impl FlowOutbox for Outbox {
-    fn tell(&mut self, news: FlowNews) {
-        self.0.lock().unwrap().push(news);
-    }
-}
-
-impl Outbox {
-    fn take(&self) -> Vec<FlowNews> {
-        std::mem::take(&mut *self.0.lock().unwrap())
     }
 }
 

@@ -2,29 +2,13 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::{Adopted, FlowName, FlowNews, FlowOutbox, Port, SHARE_BUDGET};
+use crate::engine::{Adopted, FlowName, FlowNews, Port, SHARE_BUDGET};
 use crate::lane::FlowFilter;
 use crate::plan::*;
-
-#[derive(Clone, Debug, Default)]
-struct Outbox(Arc<Mutex<Vec<FlowNews>>>);
-
-impl FlowOutbox for Outbox {
-    fn tell(&mut self, news: FlowNews) {
-        self.0.lock().unwrap().push(news);
-    }
-}
-
-impl Outbox {
-    fn take(&self) -> Vec<FlowNews> {
-        std::mem::take(&mut *self.0.lock().unwrap())
-    }
-}
 
 /// An owner whose news are collected, and a standby with the same plan.
 fn pair(services: Vec<ServicePlan>) -> (World, Outbox, World) {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
@@ -13,6 +13,23 @@ use crate::lease::{Lease, LeaseBoard};
 use crate::neighbour::{Mac, NextHop, NextHops};
 use crate::plan::*;
 use crate::time::BootTime;
+
+/// Keeps news of flows.
+#[derive(Clone, Debug, Default)]
+pub struct Outbox(Arc<Mutex<Vec<FlowNews>>>);
+
+impl FlowOutbox for Outbox {
+    fn tell(&mut self, news: FlowNews) {
+        self.0.lock().unwrap().push(news);
+    }
+}
+
+impl Outbox {
+    /// What was told since the last time.
+    pub fn take(&self) -> Vec<FlowNews> {
+        std::mem::take(&mut *self.0.lock().unwrap())
+    }
+}
 
 pub const OWN_MAC: Mac = [2, 0, 0, 0, 0, 0xaa];
 pub const INSIDE_MAC: Mac = [2, 0, 0, 0, 0, 0xbb];
