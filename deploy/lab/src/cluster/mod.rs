@@ -261,7 +261,9 @@ impl Cluster {
         for executor in executors_of(process.pid()) {
             // Not stopped first: the kernel wakes what is stopped when its parent goes. The only error is that it has ended.
             let _ = kill(Pid::from_raw(executor), Signal::SIGKILL);
+            let signalled = Instant::now();
             while is_executor(executor) {
+                assert!(signalled.elapsed() < SOON, "executor {executor} of {name} outlives SIGKILL");
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
