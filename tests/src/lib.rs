@@ -136,13 +136,19 @@ impl Bed {
         document: impl FnOnce(&Lab) -> Document,
     ) -> Bed {
         let mut bed = Bed::idle(machine, topology);
-        bed.cluster.start_all().unwrap();
-        bed.cluster.wait_formed(SOON).unwrap();
-        let document = document(&bed.cluster.lab);
-        bed.cluster.apply("lb1", &document).unwrap();
-        bed.owner();
-        bed.cluster.wait_all_up(SOON).unwrap();
+        bed.form(document);
         bed
+    }
+
+    /// Starts all nodes, and waits until `document` is in force, a node owns the group, and every backend is up. Answers who owns it.
+    pub fn form(&mut self, document: impl FnOnce(&Lab) -> Document) -> String {
+        self.cluster.start_all().unwrap();
+        self.cluster.wait_formed(SOON).unwrap();
+        let document = document(&self.cluster.lab);
+        self.cluster.apply("lb1", &document).unwrap();
+        let owner = self.owner();
+        self.cluster.wait_all_up(SOON).unwrap();
+        owner
     }
 
     /// The usual one: [`web_document`] on the standard topology.

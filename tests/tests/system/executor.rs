@@ -21,12 +21,7 @@ fn patient() -> (Bed, String) {
     for node in ["lb1", "lb2", "wit"] {
         bed.cluster.configure(node, PATIENT).unwrap();
     }
-    bed.cluster.start_all().unwrap();
-    bed.cluster.wait_formed(SOON).unwrap();
-    let document = web_document(&bed.cluster.lab);
-    bed.cluster.apply("lb1", &document).unwrap();
-    let owner = bed.owner();
-    bed.cluster.wait_all_up(SOON).unwrap();
+    let owner = bed.form(web_document);
     bed.cluster
         .wait_status(&owner, "the owner to lead", SOON, |s| s.cluster.leader == Some(s.node.id))
         .unwrap();

@@ -95,12 +95,7 @@ fn with_the_fast_profile_it_is_replaced_sooner() {
     for node in ["lb1", "lb2", "wit"] {
         bed.cluster.configure(node, "[timing]\nprofile = \"fast\"\n").unwrap();
     }
-    bed.cluster.start_all().unwrap();
-    bed.cluster.wait_formed(SOON).unwrap();
-    let document = web_document(&bed.cluster.lab);
-    bed.cluster.apply("lb1", &document).unwrap();
-    bed.owner();
-    bed.cluster.wait_all_up(SOON).unwrap();
+    bed.form(web_document);
     let gaps = kills(&mut bed, Cluster::kill_silently);
     assert!(gaps[gaps.len() / 2] <= MEDIAN_GAP / 2, "{gaps:?}");
 }

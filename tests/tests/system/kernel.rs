@@ -77,12 +77,7 @@ fn a_restarted_daemon_forwards_in_the_kernel_again() {
             for node in ["lb1", "lb2"] {
                 bed.cluster.configure(node, &format!("[metrics]\nlisten = \"{METRICS}\"\n")).unwrap();
             }
-            bed.cluster.start_all().unwrap();
-            bed.cluster.wait_formed(SOON).unwrap();
-            let document = web_document(&bed.cluster.lab);
-            bed.cluster.apply("lb1", &document).unwrap();
-            let owner = bed.owner();
-            bed.cluster.wait_all_up(SOON).unwrap();
+            let owner = bed.form(web_document);
             let stream = bed.stream();
             bed.cluster.kill_9(&owner);
             bed.owner_other_than(&owner);

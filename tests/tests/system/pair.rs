@@ -20,12 +20,7 @@ fn pair(policy: &str) -> Bed {
         bed.cluster.configure_table(node, "service", &format!("gateway = \"{gateway}\"")).unwrap();
         bed.cluster.configure_table(node, "cluster", &format!("pair = \"{policy}\"")).unwrap();
     }
-    bed.cluster.start_all().unwrap();
-    bed.cluster.wait_formed(SOON).unwrap();
-    let document = web_document(&bed.cluster.lab);
-    bed.cluster.apply("lb1", &document).unwrap();
-    bed.owner();
-    bed.cluster.wait_all_up(SOON).unwrap();
+    bed.form(web_document);
     bed
 }
 

@@ -160,12 +160,7 @@ fn only_flows_that_the_tables_do_not_tell_are_sent() {
     for node in ["lb1", "lb2"] {
         bed.cluster.configure(node, &format!("[metrics]\nlisten = \"{METRICS}\"\n")).unwrap();
     }
-    bed.cluster.start_all().unwrap();
-    bed.cluster.wait_formed(SOON).unwrap();
-    let document = document(&bed.cluster.lab, true);
-    bed.cluster.apply("lb1", &document).unwrap();
-    let owner = bed.owner();
-    bed.cluster.wait_all_up(SOON).unwrap();
+    let owner = bed.form(|lab| document(lab, true));
     caught_up(&bed, &owner);
     let standby = bed.other_than(&owner);
     // UDP and IPv4 headers included.
