@@ -117,7 +117,8 @@ pub fn page(lines: &[Line], command: &str) -> String {
          remembered. `clock_*`: what one call of a helper takes; the lease is compared with `clock_boot`.\n\
          - `wire_packets`: smallest TCP frames of 10 000 established flows from a generator in the kernel, over one veth pair and \
          back, generator and data path on one processor (the lane in user space has its thread beside it). `xdp_tx_reflector` only swaps \
-         MAC addresses in the driver. Paths above the driver get their frames through an XDP program that passes them.\n\
+         MAC addresses in the driver. Paths above the driver get their frames through an XDP program that passes them. \
+         `wire_packets_200k`: the same with 200 000 flows to 64 servers (`nftables_dnat`: to one).\n\
          - `wire_connections`: the same with one connection after the other, 64 servers: SYN, the server's answer (in `dsr` it goes \
          elsewhere), ACK, RST, no two alike for a lane; counted by the ACKs that arrive. What a data path itself can take on, where in \
          `tcp_connections` the two ends have most of the work.\n\

@@ -34,8 +34,10 @@ const BACKEND: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 11));
 const VIP: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 100);
 /// Enough ports for every connection of a run: [`BACKENDS`] times as many as one has.
 const SNAT: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 150));
-/// Servers of connections that are new; those that are established need one.
+/// Servers, where one would not do: full NAT has a port for each of its connections.
 const BACKENDS: u8 = 64;
+/// Established connections that one server has at most.
+const CONNECTIONS_OF_ONE: u32 = 10_000;
 /// Sources of the flows, the lower half filled in by the generator: the range for benchmarks (RFC 2544 appendix C.2.2).
 const CLIENTS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 const PORT: u16 = 80;
@@ -45,9 +47,11 @@ const HEADERS: usize = 54;
 const FRAME: usize = 60;
 /// Frames for each call of the kernel: a tenth of a second of work and more, since it waits some milliseconds at the end of each.
 const BURST: u32 = 1 << 19;
-/// Frames of a burst that flows are warmed up with, and how many such bursts: of 10 000 flows 1 in 1000 is missed.
+/// Frames of a burst that flows are warmed up with, and how many frames for each flow: 1 in 1000 is missed.
 const WARM_BURST: u32 = 1 << 10;
-const WARM_UP: u32 = 64;
+const WARM_UP: u32 = 7;
+/// Bursts before each further run.
+const WARM_AGAIN: u32 = 16;
 
 /// What is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,8 +135,8 @@ impl Wire {
         let lab = Lab::build(&topology()).context("build the network namespaces")?;
         let (generator, balancer) = (lab.host("gen"), lab.host("lb"));
         let backends = match load {
-            Load::Established(_) => vec![BACKEND],
-            Load::Connections => (0..BACKENDS).map(|n| Ipv4Addr::new(192, 0, 2, 11 + n).into()).collect(),
+            Load::Established(..=CONNECTIONS_OF_ONE) => vec![BACKEND],
+            _ => (0..BACKENDS).map(|n| Ipv4Addr::new(192, 0, 2, 11 + n).into()).collect(),
         };
         for backend in &backends {
             balancer.set_neighbour(CABLE, *backend, generator.on(CABLE).mac)?;
@@ -219,11 +223,12 @@ impl Wire {
                 Ok(start.elapsed())
             })
         };
-        if self.load != Load::Connections {
+        if let Load::Established(flows) = self.load {
             if !self.opened {
-                self.warm_up(generator(&self.programs, "generate_first")?, interface)?;
+                self.warm_up(generator(&self.programs, "generate_first")?, interface, flows * WARM_UP)?;
+                self.warm_up(program, interface, flows * WARM_UP)?;
             }
-            self.warm_up(program, interface)?;
+            self.warm_up(program, interface, WARM_BURST * WARM_AGAIN)?;
         }
         let before = counted()?;
         let took = run(time)?;
@@ -236,10 +241,10 @@ impl Wire {
         Ok(came as f64 / took.as_secs_f64())
     }
 
-    /// Every flow a few times, slowly enough for a lane that takes a flow's first packets up to user space.
-    fn warm_up(&self, program: BorrowedFd<'_>, interface: u32) -> Result<()> {
+    /// So many frames, slowly enough for a lane that takes a flow's first packets up to user space.
+    fn warm_up(&self, program: BorrowedFd<'_>, interface: u32, frames: u32) -> Result<()> {
         self.lab.host("gen").run(|| {
-            for _ in 0..WARM_UP {
+            for _ in 0..frames.div_ceil(WARM_BURST) {
                 burst(program, interface, WARM_BURST)?;
                 std::thread::sleep(Duration::from_millis(5));
             }
