@@ -117,6 +117,9 @@ impl Core {
             self.alone.unnamed = false;
             write.sync = true;
             write.number = self.disk.begin(number, promise);
+            if promise {
+                self.promised_at = self.now.at;
+            }
         }
         self.raft.advance_append_async(ready);
         // A leader's messages go first: its followers' disks work while its own does.

@@ -42,6 +42,11 @@ impl Disk {
         self.newest
     }
 
+    /// Whether a term or vote was handed out that is not known to be on disk.
+    pub(super) fn owes_promise(&self) -> bool {
+        self.persisted < self.promise
+    }
+
     /// A `Ready` without anything to write. True when all before it is on disk, so it is complete at once.
     pub(super) fn nothing_to_write(&mut self, ready: u64) -> bool {
         match self.under_way.back_mut() {
@@ -152,6 +157,19 @@ mod tests {
         d.persisted(1);
         d.begin(2, false);
         assert_eq!(d.after_promise(vec![message(2)]), [message(2)]);
+    }
+
+    #[test]
+    fn a_promise_is_owed_until_it_is_on_disk() {
+        let mut d = Disk::default();
+        d.begin(1, false);
+        assert!(!d.owes_promise());
+        d.begin(2, true);
+        d.begin(3, false);
+        d.persisted(1);
+        assert!(d.owes_promise());
+        d.persisted(2);
+        assert!(!d.owes_promise());
     }
 
     #[test]

@@ -13,6 +13,8 @@ use crate::timing::Timing;
 /// Attempts to be heard that follow each other quickly. A pre-vote costs nobody anything, and the commonest reason for
 /// its failure is that another voter's promise ends a few ms later; but a node that is cut off must not go on like that.
 const QUICK_ATTEMPTS: u32 = 8;
+/// How often the time for an answer is doubled at most: 16 election timeouts.
+const MAX_DOUBLINGS: u32 = 4;
 
 /// The election timeout of one node.
 #[derive(Debug)]
@@ -24,11 +26,21 @@ pub(super) struct Election {
     /// The timeout runs from here, or from the newest beat of a leader if that is later.
     base: Instant,
     attempts: u32,
+    /// How often votes were asked for in vain since a leader was there.
+    refusals: u32,
 }
 
 impl Election {
     pub(super) fn new(timing: Timing, role: Role, seed: u64, now: Instant) -> Self {
-        let mut e = Election { timing, role, random: seed, timeout: Duration::ZERO, base: now, attempts: 0 };
+        let mut e = Election {
+            timing,
+            role,
+            random: seed,
+            timeout: Duration::ZERO,
+            base: now,
+            attempts: 0,
+            refusals: 0,
+        };
         e.timeout = e.draw();
         e
     }
@@ -51,6 +63,7 @@ impl Election {
     pub(super) fn campaigned(&mut self, heard: Option<Instant>, now: Instant) {
         if heard.is_some_and(|at| at > self.base) {
             self.attempts = 0;
+            self.refusals = 0;
         }
         self.base = now;
         self.attempts += 1;
@@ -62,16 +75,25 @@ impl Election {
         };
     }
 
-    /// This node asks for real votes now: voters must write to disk, so it waits a whole timeout for them.
+    /// This node takes part in a real vote now: that takes writes to disk, so it waits a whole timeout.
     pub(super) fn voting(&mut self, now: Instant) {
         self.base = now;
         self.timeout = self.draw();
+    }
+
+    /// This node's vote for itself is on disk and the others are asked for theirs. Their disks may be as slow as its own, which
+    /// took `written`, or slower: who gave up sooner than they can answer would ask for ever, each time in another term.
+    pub(super) fn asking(&mut self, written: Duration, now: Instant) {
+        self.base = now;
+        self.timeout = (self.draw() + written * 2) * (1 << self.refusals.min(MAX_DOUBLINGS));
+        self.refusals += 1;
     }
 
     /// A leader is known, or this node is it: draw anew for the next time.
     pub(super) fn settled(&mut self, now: Instant) {
         self.base = now;
         self.attempts = 0;
+        self.refusals = 0;
         self.timeout = self.draw();
     }
 
@@ -162,6 +184,21 @@ mod tests {
             assert!(heir < Duration::from_millis(4) && heir < other, "{heir:?} {other:?}");
             assert!(other < witness && witness < Duration::from_millis(50), "{other:?} {witness:?}");
         }
+    }
+
+    #[test]
+    fn a_candidate_gives_slow_disks_time_and_more_the_next_time() {
+        let ms = Duration::from_millis;
+        let mut e = Election::new(Timing::default(), Role::Balancer, 1, at(0));
+        let wait = |e: &mut Election| {
+            e.asking(ms(300), at(1000));
+            e.deadline(None).since(at(1000))
+        };
+        assert!((ms(720)..ms(760)).contains(&wait(&mut e)));
+        assert!((ms(1440)..ms(1520)).contains(&wait(&mut e)));
+        (0..100).for_each(|_| assert!(wait(&mut e) < ms(760 * 16)));
+        e.settled(at(1000));
+        assert!((ms(720)..ms(760)).contains(&wait(&mut e)));
     }
 
     #[test]

@@ -106,6 +106,8 @@ pub struct Core {
     hard_state: HardState,
     disk: Disk,
     election: Election,
+    /// When the newest term or vote was handed to the store.
+    promised_at: Instant,
     /// The leader's death that the election was hastened for.
     bereaved_at: Option<Instant>,
     /// Role and term that everything here was last told of.
@@ -203,6 +205,7 @@ impl Core {
             hard_state,
             disk: Disk::default(),
             election,
+            promised_at: now.at,
             bereaved_at: None,
             seen: (StateRole::Follower, 0),
             led_since: now.at,
@@ -422,7 +425,11 @@ impl Core {
     /// The store has carried out every write up to `number`.
     pub fn handle_persisted(&mut self, number: u64, now: Now) {
         self.now = now;
+        let owed = self.disk.owes_promise();
         let freed = self.disk.persisted(number);
+        if owed && !self.disk.owes_promise() {
+            self.promise_is_safe();
+        }
         if let Some(ready) = freed.ready {
             self.raft.on_persist_ready(ready);
             self.report_applied();
@@ -520,6 +527,10 @@ impl Core {
         if !transfer && !pulse.may_promise(self.now.at) {
             return;
         }
+        if message.get_msg_type() == MessageType::MsgRequestPreVote && self.disk.owes_promise() {
+            // Another vote would have to wait behind the one that is being written, whose answer may be all that is missing.
+            return;
+        }
         // `raft` has a rule of its own, counted in ticks since it heard the leader; the promise is the stricter one.
         self.raft.raft.election_elapsed = self.raft.raft.election_timeout();
         let term_before = self.raft.raft.term;
@@ -574,9 +585,21 @@ impl Core {
         let log = &self.raft.raft.raft_log;
         // The first write makes the store; before that nothing promised would last. And a voter that needs no vote but
         // its own leads at once, for which `raft` wants the whole log on disk.
+        // Nobody hears of a vote before it is on disk, and the next one would be written after it.
         self.disk.newest > 0 && self.disk.persisted == 0
+            || self.disk.owes_promise()
             || self.disk.persisted < self.alone.base_write
             || self.conf.voters.len() == 1 && log.persisted < log.last_index()
+    }
+
+    /// A term or vote is on disk. Where votes were waiting for that, the time for the others' answer begins now.
+    fn promise_is_safe(&mut self) {
+        let now = self.now.at;
+        match self.raft.raft.state {
+            StateRole::Candidate => self.election.asking(now.since(self.promised_at), now),
+            StateRole::Follower if self.raft.raft.leader_id == raft::INVALID_ID => self.election.voting(now),
+            _ => {}
+        }
     }
 
     /// The leader that this node follows may have died: then somebody should follow it up at once.

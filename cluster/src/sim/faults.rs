@@ -403,7 +403,7 @@ mod tests {
             Rule::OneStepALease,
         ] {
             assert!(
-                is_found(rule, 1..=200, |seed| run(seed, false).1.map_err(|v| v.to_string())),
+                is_found(rule, 1..=1_000, |seed| run(seed, false).1.map_err(|v| v.to_string())),
                 "{rule:?}"
             );
         }

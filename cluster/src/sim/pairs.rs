@@ -429,6 +429,29 @@ mod tests {
         }
     }
 
+    /// With disks so slow that an election timeout is over before a write is.
+    #[test]
+    fn a_survivor_on_a_slow_disk_needs_three_writes() {
+        for fsync in [60, 200, 1_000] {
+            for seed in 0..10 {
+                let mut w = formed(seed, Policy::Availability);
+                let owner = w.owner(G).unwrap();
+                w.machines.values_mut().for_each(|m| m.slow_fsync = Some(fsync * MS));
+                w.power_off(owner);
+                let cut = w.t;
+                let replaced = |w: &World| w.owner(G) == Some(3 - owner);
+                assert!(w.run_until(cut + 10_000 * MS, replaced).unwrap(), "seed {seed}\n{}", told(&w));
+                let after = (w.t - cut) / MS;
+                // The line that it goes on in, its vote, the assignment.
+                assert!(
+                    after * MS <= REPLACED + 3 * fsync * MS,
+                    "seed {seed}, {fsync} ms: {after} ms\n{}",
+                    told(&w)
+                );
+            }
+        }
+    }
+
     /// Nobody waits for a process of which it is known that it has ended: the service network is sounded at once.
     #[test]
     fn a_death_that_was_told_is_not_waited_for() {

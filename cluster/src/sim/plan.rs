@@ -282,8 +282,10 @@ impl Plan {
                 }
                 // In every other run.
                 let death = if seed % 2 == 1 { death_after(&mut executors, &action) } else { None };
+                let relapse = if seed % 4 == 2 { plan.relapse_after(&mut executors, &action) } else { None };
                 plan.steps.push(Step { after, action });
                 plan.steps.extend(death);
+                plan.steps.extend(relapse);
             }
             if r.below(3) == 0 {
                 let node = plan.node(r);
@@ -295,6 +297,18 @@ impl Plan {
 
     fn node(&self, r: &mut Random) -> u64 {
         1 + r.below(self.roles.len() as u64)
+    }
+
+    /// When two nodes have given each other up, one that hears both may die and be back at once, not knowing whom it followed.
+    fn relapse_after(&self, r: &mut Random, action: &Action) -> Option<Step> {
+        let Action::Cut { from, to, .. } = action else { return None };
+        let timing = self.profile.timing();
+        let [earliest, latest] = [timing.election_min, timing.election_max].map(|d| d.as_nanos() as Time);
+        let after = r.between(earliest * 3 / 4, latest);
+        let node = self.node(r);
+        let again = Some(r.below(timing.lease.as_nanos() as Time / 2));
+        let action = Action::Kill { node, told: None, again };
+        (node != *from && node != *to).then_some(Step { after, action })
     }
 
     fn draw_action(&self, r: &mut Random, likely: &[u64], most_drift: i64) -> Option<Action> {

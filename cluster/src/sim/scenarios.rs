@@ -370,6 +370,34 @@ fn a_slow_disk_deposes_nobody() {
     }
 }
 
+/// Where every write took longer than half an election timeout, candidates gave up before the answer could be there, and asked
+/// anew in the next term: nobody led until the disks were faster.
+#[test]
+fn a_failover_takes_three_writes_however_slow_they_are() {
+    for fsync in [5, 60, 100, 200, 400, 1_000] {
+        for seed in 0..20 {
+            let mut w = formed(seed, &PAIR_AND_WITNESS, 1);
+            w.run_for(seed * 7 * MS).unwrap();
+            let owner = w.owner(G).unwrap();
+            w.machines.values_mut().for_each(|m| m.slow_fsync = Some(fsync * MS));
+            w.kill(owner);
+            w.machine(owner).lane.clear();
+            let gap = longest_gap(&mut w, 1_000 * MS + 6 * fsync * MS) / MS;
+            assert!(
+                w.owner(G).is_some_and(|n| n != owner),
+                "{fsync} ms, seed {seed}: {}",
+                w.transcript.join("\n")
+            );
+            // The candidate's vote, the other's, the assignment; before that the promise must end.
+            assert!(
+                gap <= 200 + 3 * fsync,
+                "{fsync} ms a write, seed {seed}: {gap} ms\n{}",
+                w.transcript.join("\n")
+            );
+        }
+    }
+}
+
 /// A node with another lease would rely on promises that nobody gave.
 #[test]
 fn a_node_with_other_durations_is_refused_and_says_so() {
