@@ -5,8 +5,10 @@
 //! every event the invariants are checked ([`check`]); after the faults have ceased the cluster must heal in time.
 
 pub mod check;
+mod fates;
 pub mod faults;
 pub mod machine;
+mod outputs;
 pub mod pairs;
 pub mod plan;
 pub mod program;

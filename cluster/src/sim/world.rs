@@ -9,12 +9,11 @@ use raft::eraftpb::{Message, MessageType};
 
 use super::Random;
 use super::check::Checker;
-use super::machine::{Machine, Process, Time, address};
+use super::machine::{Machine, Process, Time};
 use super::pairs::ServiceNetwork;
-use super::warm::{Flows, Sealed, Warm};
-use crate::core::{Output, Request, Ticket, Via};
+use super::warm::{Flows, Sealed};
+use crate::core::{Request, Ticket};
 use crate::pulse;
-use crate::rules::Rule;
 use crate::state::{Change, Command, ProposalId};
 use crate::store::Store as _;
 use crate::timing::Timing;
@@ -23,8 +22,6 @@ use crate::timing::Timing;
 pub const MS: Time = 1_000_000;
 /// Time between two wake-ups of a node that finds its deadline in the past.
 const NO_SPIN: Time = 20_000;
-/// When an executor says what it has to say, after it has begun.
-const SAID_AT: [Time; 4] = [0, MS, 3 * MS, 7 * MS];
 /// Datagrams that wait at a frozen process: what a socket buffer holds of beats.
 const BACKLOG: usize = 256;
 
@@ -90,9 +87,9 @@ pub(super) enum Event {
 /// A process that has died and has an executor.
 #[derive(Debug)]
 pub(super) struct Dead {
-    generation: u64,
-    power: u64,
-    will: pulse::Will,
+    pub(super) generation: u64,
+    pub(super) power: u64,
+    pub(super) will: pulse::Will,
 }
 
 /// How the network and the disks behave.
@@ -170,7 +167,7 @@ pub struct World {
 /// Changes that were asked for.
 #[derive(Default)]
 pub struct Clients {
-    under_way: BTreeMap<(u64, u64, Ticket), String>,
+    pub(super) under_way: BTreeMap<(u64, u64, Ticket), String>,
     made: u64,
 }
 
@@ -202,116 +199,6 @@ impl World {
         }
     }
 
-    /// Starts a node's process.
-    pub fn start(&mut self, node: u64) -> Result<(), String> {
-        let seed = self.random.draw();
-        let t = self.t;
-        self.say(node, || "starts".to_owned());
-        self.machine(node).start(t, seed);
-        if self.flows.is_some() {
-            let machine = self.machine(node);
-            let (id, generation) = (machine.identity.id, machine.generation);
-            let balances = machine.identity.role == Role::Balancer;
-            if let Some(p) = machine.process.as_mut().filter(|_| balances) {
-                p.warm = Some(Warm::new(id, generation));
-            }
-        }
-        self.drive(node)
-    }
-
-    /// Ends a node's process at once. What was on its way to disk is lost, or not, from some point on.
-    pub fn kill(&mut self, node: u64) {
-        let t = self.t;
-        let Some(process) = self.machine(node).process.take() else { return };
-        self.say(node, || "is killed".to_owned());
-        let reached = self.random.below(process.writing.len() as u64 + 1) as usize;
-        let machine = self.machine(node);
-        for (write, _) in process.writing.into_iter().take(reached) {
-            machine.disk.write(&write).expect("memory can be written");
-        }
-        machine.disk.restart();
-        machine.paused_until = t;
-        machine.go_on(t);
-        machine.backlog.clear();
-        self.clients.under_way.retain(|(n, _, _), _| *n != node);
-    }
-
-    /// As [`World::kill`], and the machine's executor acts `after` that time.
-    pub fn kill_and_tell(&mut self, node: u64, after: Time) {
-        let machine = self.machine(node);
-        let (generation, power, will) = (machine.generation, machine.power, machine.will.take());
-        self.kill(node);
-        if let Some(will) = will {
-            let dead = Dead { generation, power, will };
-            self.post(self.t + after, Event::Execute { node, dead, turn: 0 });
-        }
-    }
-
-    fn execute(&mut self, node: u64, dead: Dead, turn: usize) {
-        let t = self.t;
-        let machine = self.machine(node);
-        if machine.power != dead.power {
-            return;
-        }
-        if machine.halted_since.is_some() {
-            self.post(t + MS, Event::Execute { node, dead, turn });
-            return;
-        }
-        if turn == 0 {
-            // What a later process has in its lane is not the dead one's.
-            if machine.generation == dead.generation && !Rule::SilenceFirst.is_broken() {
-                machine.lane.values_mut().for_each(|lease| lease.answer_until = Default::default());
-            }
-            self.say(node, || "answers no more; its executor says that its process has ended".to_owned());
-        }
-        let bytes = dead.will.resign.encode();
-        for (to, _) in &dead.will.to {
-            self.datagram(node, to.0, Arrival::Resign(bytes.clone()));
-        }
-        if let Some(next) = SAID_AT.get(turn + 1) {
-            let at = t + next - SAID_AT[turn];
-            self.post(at, Event::Execute { node, dead, turn: turn + 1 });
-        }
-    }
-
-    /// Cuts the power: the process is gone, the lane is dark, what was not synced is lost, the clock starts again.
-    pub fn power_off(&mut self, node: u64) {
-        self.kill(node);
-        let (t, offset) = (self.t, self.random.below(5_000 * MS));
-        let machine = self.machine(node);
-        machine.power += 1;
-        machine.disk.lose_unsynced();
-        machine.lane.clear();
-        machine.flows = Default::default();
-        machine.booted_at = t;
-        machine.boot_offset = offset;
-    }
-
-    /// Freezes a node's process for a while. Its clock and its lane go on.
-    pub fn pause(&mut self, node: u64, lasts: Time) {
-        let until = self.t + lasts;
-        self.say(node, || format!("is frozen for {} ms", lasts / MS));
-        let machine = self.machine(node);
-        machine.paused_until = machine.paused_until.max(until);
-        self.post(until, Event::Resume { node });
-    }
-
-    /// Halts a whole machine for a while, its clock and its lane with it.
-    pub fn suspend(&mut self, node: u64, lasts: Time) {
-        let (t, until) = (self.t, self.t + lasts);
-        self.say(node, || format!("is halted for {} ms", lasts / MS));
-        let machine = self.machine(node);
-        machine.halted_since.get_or_insert(t);
-        machine.paused_until = machine.paused_until.max(until);
-        self.post(until, Event::Resume { node });
-    }
-
-    /// Makes a node's disk slow for a while.
-    pub fn slow_disk(&mut self, node: u64, fsync: Time, lasts: Time) {
-        self.machine(node).slow_fsync = Some(fsync);
-        self.post(self.t + lasts, Event::DiskWell { node });
-    }
-
     /// Its clock shows something else than was reckoned with: looks at its deadline anew.
     pub fn poke(&mut self, node: u64) {
         let t = self.t;
@@ -327,20 +214,6 @@ impl World {
         self.transcript.clear();
         self.told_from = self.t;
         self.weather = Weather { delay: 1, fsync: 1, ..Weather::FAIR };
-    }
-
-    /// Lets a frozen process or a halted machine go on.
-    ///
-    /// # Errors
-    /// An invariant is broken.
-    pub fn thaw(&mut self, node: u64) -> Result<(), String> {
-        let t = self.t;
-        let machine = self.machine(node);
-        if machine.paused_until > t {
-            machine.paused_until = t;
-            self.handle(Event::Resume { node })?;
-        }
-        Ok(())
     }
 
     /// Runs until true time `until`, or until `done` says so after an event.
@@ -496,7 +369,7 @@ impl World {
         self.queue.push(Reverse((at.max(self.t), self.sequence)));
     }
 
-    fn handle(&mut self, event: Event) -> Result<(), String> {
+    pub(super) fn handle(&mut self, event: Event) -> Result<(), String> {
         let t = self.t;
         match event {
             Event::Arrive { to, arrival } => {
@@ -682,188 +555,6 @@ impl World {
             let role = if leads { "leads" } else { "follows" };
             format!("{role} in term {term}, voters {}", voters.join(" "))
         });
-    }
-
-    fn carry_out(&mut self, node: u64, output: pulse::Output) -> Result<(), String> {
-        let t = self.t;
-        match output {
-            pulse::Output::Lease { group, lease } => {
-                let machine = self.machine(node);
-                let before = machine.answers(group, t);
-                machine.lane.insert(group, lease);
-                let after = machine.answers(group, t);
-                if before.is_none() && after.is_some() {
-                    self.takes_over(node, group)?;
-                }
-                if before != after {
-                    match after {
-                        Some(epoch) => {
-                            self.say(node, || format!("answers for group {} under epoch {epoch}", group.0))
-                        }
-                        None => self.say(node, || format!("answers no more for group {}", group.0)),
-                    }
-                }
-                self.check_leases()
-            }
-            pulse::Output::Announce { group } => {
-                let machine = self.machine(node);
-                if machine.answers(group, t).is_none() {
-                    return Err(format!("node {node} announces group {} without a lease", group.0));
-                }
-                let assigned = machine
-                    .process
-                    .as_ref()
-                    .and_then(|p| p.core.state().group(group))
-                    .map(|g| g.assigned_index);
-                if assigned.is_none_or(|index| machine.installed < index) {
-                    return Err(format!(
-                        "node {node} announces group {} before its tables are installed",
-                        group.0
-                    ));
-                }
-                self.say(node, || format!("announces group {}", group.0));
-                self.announced.insert(group, node);
-                Ok(())
-            }
-            pulse::Output::Send { to, beat, .. } => {
-                let (bytes, _) = beat.encode();
-                self.datagram(node, to.0, Arrival::Beat(address(node), bytes));
-                Ok(())
-            }
-            pulse::Output::Will(will) => {
-                self.machine(node).will = Some(*will);
-                Ok(())
-            }
-            pulse::Output::Prompt => {
-                let machine = self.machine(node);
-                let now = machine.now(t);
-                if let Some(p) = &mut machine.process {
-                    p.core.handle_timeout(now);
-                }
-                Ok(())
-            }
-        }
-    }
-
-    fn carry_out_core(&mut self, node: u64, output: Output) -> Result<(), String> {
-        let t = self.t;
-        match output {
-            Output::Send { to, via: Via::Datagram, message, .. } => {
-                self.datagram(node, to.0, Arrival::Raft(Box::new(message)));
-                Ok(())
-            }
-            Output::Send { to, via: via @ (Via::Stream | Via::Both), message, .. } => {
-                if via == Via::Both {
-                    self.datagram(node, to.0, Arrival::Raft(Box::new(message.clone())));
-                }
-                self.stream(node, to.0, message);
-                Ok(())
-            }
-            Output::Persist(write) => {
-                let w = self.weather;
-                let lasts = if self.random.ppm(w.slow_ppm) { w.slow } else { w.fsync };
-                let lasts = self.random.between(lasts / 10, lasts);
-                let machine = self.machine(node);
-                let lasts = machine.slow_fsync.unwrap_or(lasts);
-                let generation = machine.generation;
-                let number = write.number;
-                let (disk_full, now) = (machine.disk_full, machine.now(t));
-                let Some(p) = &mut machine.process else { return Ok(()) };
-                if disk_full {
-                    p.core.handle_store_failed(now);
-                    return Ok(());
-                }
-                // One thread writes: a write begins when the one before is done.
-                let at = p.writing.back().map_or(t, |(_, done)| *done).max(t) + lasts;
-                p.writing.push_back((write, at));
-                self.post(at, Event::Written { node, generation, number });
-                Ok(())
-            }
-            Output::Done { ticket, result } => {
-                let generation = self.machine(node).generation;
-                if let Some(who) = self.clients.under_way.remove(&(node, generation, ticket)) {
-                    self.say(node, || match &result {
-                        Ok(o) => {
-                            format!("acknowledges {who} at index {} as revision {}", o.index, o.revision)
-                        }
-                        Err(e) => format!("answers {who}: {e}"),
-                    });
-                    if let Ok(outcome) = result {
-                        self.checker.acknowledge(outcome.revision, who);
-                    }
-                }
-                Ok(())
-            }
-            Output::Sound { on } => {
-                self.sound(node, on);
-                Ok(())
-            }
-            Output::Aside(aside) => {
-                let who = aside.changes.iter().map(|r| r.who.clone()).collect();
-                self.write_aside(node, who);
-                Ok(())
-            }
-            Output::State => {
-                let lasts = self.random.between(MS / 10, 4 * MS);
-                let machine = self.machine(node);
-                let (id, generation) = (machine.identity.id, machine.generation);
-                let Some(p) = &mut machine.process else { return Ok(()) };
-                let (cluster, state) = (p.core.cluster(), p.core.state().clone());
-                let index = state.index;
-                let told = std::mem::replace(&mut p.applied, index);
-                machine.solo = state.solo.is_some();
-                if index > p.planned && machine.identity.role == Role::Balancer {
-                    p.planned = index;
-                    self.post(t + lasts, Event::Installed { node, generation, index });
-                }
-                if self.verbose {
-                    let news: Vec<_> = state.events.iter().filter(|e| e.index > told).cloned().collect();
-                    for e in news {
-                        self.say(node, || format!("applies {}: {} {}", e.index, e.subject, e.text));
-                    }
-                }
-                self.checker.state(id, cluster, &state)?;
-                let machine = &self.machines[&node];
-                let Some(p) = &machine.process else { return Ok(()) };
-                self.checker.voters(id, &p.core, machine.now(t).at, machine.timing.longest_lease())
-            }
-        }
-    }
-
-    fn datagram(&mut self, from: u64, to: u64, arrival: Arrival) {
-        let w = self.weather;
-        if let Arrival::Raft(message) = &arrival
-            && let Some(at) = self.lose.iter().position(|kind| *kind == message.get_msg_type())
-        {
-            self.say(from, || format!("sends {:?} to n{to}, which is lost", message.get_msg_type()));
-            self.lose.remove(at);
-            return;
-        }
-        self.by_service_network(from, to, &arrival);
-        if !self.machines.contains_key(&to) || self.cut.contains(&(from, to)) || self.random.ppm(w.loss_ppm) {
-            return;
-        }
-        let copies = if self.random.ppm(w.twice_ppm) { 2 } else { 1 };
-        for _ in 0..copies {
-            let at = self.t + self.delay();
-            self.post(at, Event::Arrive { to, arrival: arrival.clone() });
-        }
-    }
-
-    fn stream(&mut self, from: u64, to: u64, message: Message) {
-        let reachable = self.machines.get(&to).is_some_and(|m| m.process.is_some());
-        let at = self.t + self.delay();
-        if !reachable || self.cut.contains(&(from, to)) || self.cut.contains(&(to, from)) {
-            self.post(at + 5 * MS, Event::Arrive { to: from, arrival: Arrival::Unreachable(NodeId(to)) });
-            return;
-        }
-        self.post(at, Event::Arrive { to, arrival: Arrival::Raft(Box::new(message)) });
-    }
-
-    pub(super) fn delay(&mut self) -> Time {
-        let w = self.weather;
-        let longest = if self.random.ppm(w.late_ppm) { w.late } else { w.delay };
-        self.random.between(longest / 5, longest)
     }
 }
 
