@@ -16,8 +16,9 @@ use komainu_packet::engine::{Engine, EngineConfig, Port, PortConfig};
 use komainu_packet::lane::kernel::abi::{self, Bench, BoundKey, FlowCell, FlowKey, Hop, LeaseCell};
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::harness::Harness;
+use komainu_packet::lane::kernel::maps::Memory;
 use komainu_packet::lane::kernel::news::News;
-use komainu_packet::lane::kernel::program::{Hook, Kernel, Memory, Sizes};
+use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
 use komainu_packet::lease::LeaseBoard;
 use komainu_packet::plan::{
     BackendPlan, DeadBackend, GroupPlan, Mode, Plan, Protocol, Scheduler, ServicePlan,

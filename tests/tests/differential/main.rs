@@ -7,6 +7,8 @@
 //! | file | holds |
 //! |---|---|
 //! | `world` | both sides, and the comparison |
+//! | `network` | where hosts are |
+//! | `specs` | services and backends by chance |
 //! | `frames` | what is sent |
 //! | `rules` | what the program may leave to the engine: everything else it must do itself |
 //! | `clock` | leases that end, and clocks that stood still |
@@ -26,8 +28,10 @@ mod clock;
 mod frames;
 mod kept;
 mod load;
+mod network;
 mod rng;
 mod rules;
+mod specs;
 mod world;
 
 use std::env;

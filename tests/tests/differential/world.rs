@@ -1,110 +1,41 @@
 //! Both sides under one history: an engine alone, and the program with an engine beside it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use komainu_packet::drops::Reason;
-use komainu_packet::engine::{
-    Engine, EngineConfig, FrameMut, Passed, Port, PortConfig, Verdict, Windows, compile,
-};
+use komainu_packet::engine::{Engine, EngineConfig, FrameMut, Passed, Port, Verdict, Windows, compile};
 use komainu_packet::hash;
 use komainu_packet::lane::kernel::abi::{
     self, BoundKey, Config, FlowKey, Hop, LeaseCell, Plain, Tally, Traffic, Up,
 };
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
+use komainu_packet::lane::kernel::maps::Maps;
 use komainu_packet::lane::kernel::news::News;
-use komainu_packet::lane::kernel::program::{Hook, Kernel, Maps, Sizes};
+use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
 use komainu_packet::lane::kernel::sys::Ran;
 use komainu_packet::lane::{Counters, FlowFilter};
 use komainu_packet::lease::{Lease, LeaseBoard};
-use komainu_packet::neighbour::{Mac, NextHop, NextHops};
+use komainu_packet::neighbour::NextHops;
 use komainu_packet::plan::{Mode, Plan, Protocol, Scheduler};
 use komainu_packet::tables::{HASH_SEED, Service, Tables};
 use komainu_packet::time::BootTime;
 use komainu_packet::wire::{IpInfo, Net, Pretty, dissect};
 
-use crate::build::{self, BackendSpec, GROUPS, INSIDE_MAC, Place, SERVICE_MAC, ServiceSpec};
+use crate::build::{self, GROUPS, INSIDE_MAC, ServiceSpec};
 use crate::frames::{self, Seen};
+use crate::network::{Hops, port_config, write_ways};
 use crate::rng::Rng;
 use crate::rules::{self, Facts};
+use crate::specs::{change, service};
 
 /// Room for flows: little enough that they make room for each other.
 const MAX_FLOWS: usize = 64;
 /// Numbers of states that one history uses at most.
 const STATES: u32 = 1024;
 const WINDOW: u64 = 3_000_000_000;
-
-/// Backends stand on the inside network, the first two on the service network; one neighbour is unknown; net 3 is nowhere; all
-/// others are behind the router.
-struct Hops;
-
-fn mac_of(host: u16) -> Mac {
-    [2, 0, 0, 1, 0, host as u8]
-}
-
-fn router(v6: bool) -> IpAddr {
-    Place::Any(0x0101).address(v6)
-}
-
-impl NextHops for Hops {
-    fn lookup(&self, destination: IpAddr) -> NextHop {
-        let (net, host) = match destination {
-            IpAddr::V4(a) if a.octets()[..2] == [10, 0] => (a.octets()[2].into(), a.octets()[3].into()),
-            IpAddr::V6(a) if a.segments()[..3] == [0xfd00, 0, 0] => {
-                let [.., net, b, c, d, host] = a.segments();
-                // Addresses of a network that nobody has.
-                (net, if (b, c, d) == (0, 0, 0) { host } else { u16::MAX })
-            }
-            _ => (0, 0),
-        };
-        let resolved = |port, next_hop| NextHop::Resolved { port, next_hop, mac: mac_of(host) };
-        match (net, host) {
-            (2, 15 | 256..) => NextHop::Unresolved { port: Port::Inside, next_hop: destination },
-            (2, 10 | 11) => resolved(Port::Service, destination),
-            (2, _) => resolved(Port::Inside, destination),
-            (3, _) => NextHop::NoRoute,
-            _ => NextHop::Resolved {
-                port: Port::Service,
-                next_hop: router(destination.is_ipv6()),
-                mac: mac_of(1),
-            },
-        }
-    }
-}
-
-fn write_ways(maps: &Maps) {
-    for v6 in [false, true] {
-        let net = |n: u16| Place::Any(n << 8).address(v6);
-        let (whole, host, none) = if v6 { (64, 128, "::") } else { (24, 32, "0.0.0.0") };
-        let router = Hop::Known { port: Port::Service, mac: mac_of(1), on_link: false };
-        maps.put_route(none.parse().unwrap(), 0, router).unwrap();
-        maps.put_route(net(2), whole, Hop::OnLink { port: Port::Inside }).unwrap();
-        maps.put_route(net(3), whole, Hop::None).unwrap();
-        for n in 0..=255 {
-            let address = Place::Any(0x0200 | n).address(v6);
-            match n {
-                10 | 11 => {
-                    let way = Hop::Known { port: Port::Service, mac: mac_of(n), on_link: true };
-                    maps.put_route(address, host, way).unwrap();
-                }
-                15 => {}
-                _ => maps.put_neighbour(Port::Inside, address, mac_of(n)).unwrap(),
-            }
-        }
-    }
-}
-
-fn port_config(port: Port, mtu: u32) -> PortConfig {
-    let host = |v6| Place::Any(if port == Port::Inside { 0x0202 } else { 0x0102 }).address(v6);
-    PortConfig {
-        mac: if port == Port::Inside { INSIDE_MAC } else { SERVICE_MAC },
-        ifindex: 1 + port as u32,
-        mtu,
-        addresses: vec![(host(false), 24), (host(true), 64)],
-    }
-}
 
 pub struct World {
     hook: Hook,
@@ -679,61 +610,6 @@ fn is_not_seen(frame: &[u8]) -> bool {
     let extended = frame.get(12..14).is_some_and(|t| t == [0x86, 0xdd])
         && frame.get(20).is_some_and(|next| matches!(next, 0 | 43 | 44 | 60));
     tagged || extended && frame.get(38) == Some(&0xff)
-}
-
-fn service(rng: &mut Rng, id: u8) -> ServiceSpec {
-    let backends = (0..rng.weighted(&[1, 6, 6, 6, 6])).map(|_| backend(rng)).collect();
-    ServiceSpec {
-        id,
-        second_vip: rng.one_in(3),
-        v6: rng.one_in(2),
-        second_port: rng.one_in(2),
-        udp: rng.one_in(3),
-        mode: rng.byte(),
-        scheduler: rng.of(&[0, 0, 0, 1, 2, 3]),
-        dead_backend: rng.byte(),
-        track_udp: rng.one_in(2),
-        consult_all_slots: rng.one_in(5),
-        backends,
-    }
-}
-
-fn backend(rng: &mut Rng) -> BackendSpec {
-    let weight = rng.of(&[1, 1, 1, 2, 0]);
-    BackendSpec {
-        place: rng.byte(),
-        second_port: rng.one_in(3),
-        weight,
-        base_weight: if rng.one_in(6) { rng.of(&[0, 1, 2]) } else { weight },
-        alive: !rng.one_in(14),
-    }
-}
-
-fn change(rng: &mut Rng, spec: &mut ServiceSpec) {
-    for backend in &mut spec.backends {
-        if rng.one_in(5) {
-            backend.weight = rng.of(&[0, 1, 1, 2]);
-        }
-        if rng.one_in(2) {
-            backend.base_weight = backend.weight;
-        }
-        if rng.one_in(if backend.alive { 15 } else { 2 }) {
-            backend.alive = !backend.alive;
-        }
-    }
-    if rng.one_in(4) {
-        spec.backends.push(backend(rng));
-    }
-    if rng.one_in(5) && !spec.backends.is_empty() {
-        let at = rng.below(spec.backends.len() as u64) as usize;
-        spec.backends.remove(at);
-    }
-    if rng.one_in(8) {
-        spec.consult_all_slots = !spec.consult_all_slots;
-    }
-    if rng.one_in(10) {
-        spec.dead_backend = rng.byte();
-    }
 }
 
 /// The configuration is as the test writes it.

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::abi::{self, BoundCell, BoundKey, FlowCell, FlowKey, Plain};
-use super::program::{Maps, Memory};
+use super::maps::{Maps, Memory};
 use crate::engine::{FlowCache, Reservation, SNAT_PORT_UPPER};
 use crate::flow::{BackendSide, ClientSide, Flow};
 use crate::time::BootTime;

@@ -16,8 +16,9 @@ use std::time::Duration;
 use super::abi::{
     self, BackendCell, Hop, Place, PlaceEntry, Plain, Record, SLOTS_PER_LINE, ServiceCell, SlotLine,
 };
+use super::maps::Maps;
 use super::places::Layout;
-use super::program::{KernelError, MAX_TABLES, Maps};
+use super::program::{KernelError, MAX_TABLES};
 use super::sys::{self, Mapped};
 use crate::engine::{Engine, OwnedAddress, Port, SNAT_PORT_MIN, SNAT_PORT_UPPER};
 use crate::flow::CLOSED_IDLE;

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::abi::{self, Config, Plain};
-use super::program::set_flags;
+use super::maps::set_flags;
 use super::sys::{self, Mapped};
 
 /// How many times larger the next one is. It is written while packets that come up wait: 1 µs for an entry.

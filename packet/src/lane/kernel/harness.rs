@@ -7,7 +7,8 @@ use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader};
 
 use super::abi::Bench;
-use super::program::{KernelError, descriptor, mapped, words};
+use super::maps::{descriptor, mapped};
+use super::program::{KernelError, words};
 use super::sys::{self, Mapped, Ran};
 
 /// The object, for a loader of one's own.

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::cache::Cache;
 use super::check;
+use super::maps::Maps;
 use super::pins;
-use super::program::{Hook, Kernel, Maps, Sizes};
+use super::program::{Hook, Kernel, Sizes};
 use super::sync::Sync;
 use super::tap::Tap;
 use crate::lane::af_packet::{AfPacketConfig, AfPacketLane, Finding, Parts, Severity};

@@ -11,7 +11,8 @@
 //! | `attach`, `link`, `pins` | the program on its interfaces, and what outlives the process |
 //! | `tap` | how frames come up from the tc hook |
 //! | `check` | is the machine fit, and what is `auto`? |
-//! | [`program`] | loading, the maps with a name for each thing that is done to them, test runs |
+//! | [`program`] | loading, test runs |
+//! | [`maps`] | the maps with a name for each thing that is done to them |
 //! | [`fill`] | from compiled tables to a generation of the maps |
 //! | `growing` | hash maps that grow |
 //! | [`harness`] | what tests and benchmarks put around the program |
@@ -20,7 +21,7 @@
 //! | `ticks` | how old a reading of the clock may be |
 //! | [`sys`] | bpf(2), shared memory |
 //!
-//! In which order: [`program::Kernel::load`]; ports, routes, neighbours, host addresses into [`program::Maps`]; a
+//! In which order: [`program::Kernel::load`]; ports, routes, neighbours, host addresses into [`maps::Maps`]; a
 //! [`fill::Filler`] and with it the first plan; then the program is attached.
 
 pub mod abi;
@@ -32,6 +33,7 @@ mod growing;
 pub mod harness;
 mod lane;
 mod link;
+pub mod maps;
 pub mod news;
 mod pins;
 mod places;

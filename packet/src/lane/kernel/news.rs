@@ -17,7 +17,7 @@ use std::time::Duration;
 use aya::maps::{MapData, RingBuf};
 
 use super::abi::{self, Plain};
-use super::program::Maps;
+use super::maps::Maps;
 use crate::engine::{Engine, Kept};
 use crate::flow::ClientSide;
 use crate::time::BootTime;

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use super::abi::Hop;
-use super::program::Maps;
+use super::maps::Maps;
 use crate::engine::Port;
 use crate::neighbour::Mac;
 use crate::netlink::{Snapshot, Via};
