@@ -2,20 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use crate::bpf::{DropRule, attach_xdp, load_drop_program, load_pass_program, transmit_checksums_off};
 use crate::error::{LabError, Result};
+use crate::host::{Host, Interface, mac_string};
 use crate::net::{Netlink, with_netlink, write_sysctl_here};
 use crate::netns::Namespace;
-use crate::process::Process;
-use crate::topology::{HostSpec, RouteSpec, Topology};
+use crate::topology::{HostSpec, Topology};
+use crate::workdir::WorkDir;
 
 /// Longest name of a host and of a segment: a port on the switch is named after both and the kernel allows 15
 /// characters, of which one is the dot and one marks the other end.
@@ -39,30 +36,6 @@ pub struct Lab {
 struct Fault {
     from: String,
     threshold: u32,
-}
-
-/// A host of the lab. Clones mean the same host.
-#[derive(Clone, Debug)]
-pub struct Host {
-    ns: Namespace,
-    links: Vec<Interface>,
-}
-
-/// An interface of a host.
-#[derive(Clone, Debug)]
-pub struct Interface {
-    /// Segment it is plugged into.
-    pub segment: String,
-    /// Its name inside the host.
-    pub name: String,
-    /// Index inside the host.
-    pub index: u32,
-    /// Link-layer address.
-    pub mac: [u8; 6],
-    /// Addresses with prefix length.
-    pub addresses: Vec<(IpAddr, u8)>,
-    /// Index of the switch port on the other end; 0 where there is no switch.
-    port: u32,
 }
 
 impl Lab {
@@ -102,12 +75,12 @@ impl Lab {
 
     /// A directory for files of this lab, removed with it.
     pub fn dir(&self) -> &Path {
-        &self.dir.path
+        self.dir.path()
     }
 
     /// Keeps the directory when the lab ends, for a look at what failed.
     pub fn keep_dir(&self) {
-        self.dir.keep.store(1, Ordering::Relaxed);
+        self.dir.keep();
     }
 
     /// The host called `name`.
@@ -311,173 +284,6 @@ impl Drop for Lab {
     }
 }
 
-impl Interface {
-    /// Index of the switch port on the other end, in the switches' namespace.
-    pub(crate) fn port_index(&self) -> u32 {
-        self.port
-    }
-}
-
-impl Host {
-    /// Puts an XDP program that lets everything pass into the driver of the interface on `segment`, as somebody else's might be
-    /// there. It stays until the descriptor is closed.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn attach_passing_xdp(&self, segment: &str) -> Result<OwnedFd> {
-        let program = load_pass_program()?;
-        self.run(|| attach_xdp(&program, self.on(segment).index))
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &str {
-        self.ns.name()
-    }
-
-    /// Its namespace.
-    pub fn namespace(&self) -> &Namespace {
-        &self.ns
-    }
-
-    /// Its interface on `segment`.
-    ///
-    /// # Panics
-    /// When it has none there.
-    pub fn on(&self, segment: &str) -> &Interface {
-        self.links
-            .iter()
-            .find(|l| l.segment == segment)
-            .unwrap_or_else(|| panic!("host \"{}\" is not on segment \"{segment}\"", self.name()))
-    }
-
-    /// Its interfaces.
-    pub fn interfaces(&self) -> &[Interface] {
-        &self.links
-    }
-
-    /// Its IPv4 address on `segment`.
-    ///
-    /// # Panics
-    /// When it has none there.
-    pub fn v4(&self, segment: &str) -> IpAddr {
-        self.address(segment, IpAddr::is_ipv4)
-    }
-
-    /// Its IPv6 address on `segment`.
-    ///
-    /// # Panics
-    /// When it has none there.
-    pub fn v6(&self, segment: &str) -> IpAddr {
-        self.address(segment, IpAddr::is_ipv6)
-    }
-
-    fn address(&self, segment: &str, family: impl Fn(&IpAddr) -> bool) -> IpAddr {
-        let found = self.on(segment).addresses.iter().map(|(a, _)| *a).find(family);
-        found.unwrap_or_else(|| panic!("host \"{}\" lacks such an address on \"{segment}\"", self.name()))
-    }
-
-    /// Runs `f` on a thread inside the host and waits for it.
-    pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.ns.run(f)
-    }
-
-    /// Starts a thread inside the host.
-    pub fn spawn<R: Send + 'static>(
-        &self,
-        what: &str,
-        f: impl FnOnce() -> R + Send + 'static,
-    ) -> JoinHandle<R> {
-        self.ns.spawn(what, f)
-    }
-
-    /// Starts a process inside the host, its output appended to `log`.
-    ///
-    /// # Errors
-    /// The program or the log can't be opened.
-    pub fn start(&self, name: &str, command: Command, log: &Path) -> Result<Process> {
-        Process::spawn(&self.ns, name, command, log)
-    }
-
-    /// Sets an interface administratively up or down from inside, as `ip link set` would. Its IPv6 addresses and
-    /// routes go with it, as they do on a real host, and are put back when it comes up.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn set_link(&self, segment: &str, up: bool) -> Result<()> {
-        let link = self.on(segment);
-        with_netlink(&self.ns, async |netlink| {
-            netlink.set_up(link.index, up).await?;
-            if up {
-                for &(address, prefix) in link.addresses.iter().filter(|(a, _)| a.is_ipv6()) {
-                    // Still there when the kernel keeps addresses of links that are down.
-                    let _ = netlink.add_address(link.index, address, prefix).await;
-                }
-            }
-            Ok(())
-        })
-    }
-
-    /// Sets the MTU of an interface.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn set_mtu(&self, segment: &str, mtu: u32) -> Result<()> {
-        let index = self.on(segment).index;
-        with_netlink(&self.ns, async |netlink| netlink.set_mtu(index, mtu).await)
-    }
-
-    /// Adds an address, usable at once.
-    ///
-    /// # Errors
-    /// The kernel refuses, e.g. because it is there.
-    pub fn add_address(&self, segment: &str, address: IpAddr, prefix: u8) -> Result<()> {
-        let index = self.on(segment).index;
-        with_netlink(&self.ns, async |netlink| netlink.add_address(index, address, prefix).await)
-    }
-
-    /// Takes an address away.
-    ///
-    /// # Errors
-    /// The kernel refuses, e.g. because it isn't there.
-    pub fn remove_address(&self, segment: &str, address: IpAddr, prefix: u8) -> Result<()> {
-        let index = self.on(segment).index;
-        with_netlink(&self.ns, async |netlink| netlink.remove_address(index, address, prefix).await)
-    }
-
-    /// Adds a route.
-    ///
-    /// # Errors
-    /// The kernel refuses, e.g. because the gateway is not on a connected network.
-    pub fn add_route(&self, route: RouteSpec) -> Result<()> {
-        with_netlink(&self.ns, async |netlink| netlink.add_route(route.to.0, route.to.1, route.via).await)
-    }
-
-    /// Takes a route away.
-    ///
-    /// # Errors
-    /// The kernel refuses, e.g. because it isn't there.
-    pub fn remove_route(&self, route: RouteSpec) -> Result<()> {
-        with_netlink(&self.ns, async |netlink| netlink.remove_route(route.to.0, route.to.1, route.via).await)
-    }
-
-    /// Makes the host believe for good that `address` is at `mac`, whatever it hears.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn set_neighbour(&self, segment: &str, address: IpAddr, mac: [u8; 6]) -> Result<()> {
-        let index = self.on(segment).index;
-        with_netlink(&self.ns, async |netlink| netlink.set_neighbour(index, address, mac).await)
-    }
-
-    /// Writes a kernel setting under `/proc/sys/net`, e.g. `ipv4/ip_forward`.
-    ///
-    /// # Errors
-    /// There is no such setting, or `/proc/sys` is read-only here.
-    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
-        crate::net::write_sysctl(&self.ns, key, value)
-    }
-}
-
 fn check_names(topology: &Topology) -> Result<()> {
     let long = |what: &str, name: &str, most: usize| {
         Err(LabError::Topology(format!("{what} name \"{name}\" is empty or longer than {most} characters")))
@@ -619,114 +425,4 @@ async fn configure_host(
         netlink.add_route(route.to.0, route.to.1, route.via).await?;
     }
     Ok(links)
-}
-
-/// `02:6b:6d:00:01:02`.
-pub fn mac_string(mac: [u8; 6]) -> String {
-    let [a, b, c, d, e, f] = mac;
-    format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
-}
-
-/// The one thing of a lab that outlives a crash: a directory. Its name says who made it, so that the next lab can tell
-/// whether the owner still lives.
-#[derive(Debug)]
-struct WorkDir {
-    path: PathBuf,
-    keep: AtomicU32,
-}
-
-/// Directories of this process's labs, for [`clean_up_on_signals`].
-static DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-
-/// From now on SIGINT, SIGTERM and SIGHUP end the process after its labs' directories are removed. Everything else of a
-/// lab goes with the process by itself.
-pub fn clean_up_on_signals() {
-    use tokio::signal::unix::{SignalKind, signal};
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let waiting = std::thread::Builder::new().name("lab-signals".to_owned()).spawn(|| {
-            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
-                return;
-            };
-            let number = runtime.block_on(async {
-                let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) = (
-                    signal(SignalKind::interrupt()),
-                    signal(SignalKind::terminate()),
-                    signal(SignalKind::hangup()),
-                ) else {
-                    return std::future::pending().await;
-                };
-                tokio::select! {
-                    _ = interrupt.recv() => libc::SIGINT,
-                    _ = terminate.recv() => libc::SIGTERM,
-                    _ = hangup.recv() => libc::SIGHUP,
-                }
-            });
-            for dir in DIRS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-                let _ = std::fs::remove_dir_all(dir);
-            }
-            // As a shell reports a death by that signal.
-            std::process::exit(128 + number);
-        });
-        drop(waiting);
-    });
-}
-
-const DIR_PREFIX: &str = "komainu-lab-";
-
-impl WorkDir {
-    fn create() -> Result<WorkDir> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let base = std::env::temp_dir();
-        remove_leftovers(&base);
-        let pid = std::process::id();
-        let started = start_time(pid).unwrap_or_default();
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = base.join(format!("{DIR_PREFIX}{pid}-{started}-{number}"));
-        std::fs::create_dir(&path).map_err(|e| LabError::system(format!("make {}", path.display()), e))?;
-        DIRS.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
-        Ok(WorkDir { path, keep: AtomicU32::new(0) })
-    }
-}
-
-impl Drop for WorkDir {
-    fn drop(&mut self) {
-        if self.keep.load(Ordering::Relaxed) == 0 {
-            let _ = std::fs::remove_dir_all(&self.path);
-        } else {
-            // A kept directory must not look like a leftover to the next lab.
-            let _ = std::fs::rename(&self.path, kept_path(&self.path));
-        }
-    }
-}
-
-/// Where a kept directory ends up.
-pub(crate) fn kept_path(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    path.with_file_name(format!("komainu-failed-{}", name.trim_start_matches(DIR_PREFIX)))
-}
-
-fn remove_leftovers(base: &Path) {
-    let Ok(entries) = std::fs::read_dir(base) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(rest) = name.to_str().and_then(|n| n.strip_prefix(DIR_PREFIX)) else { continue };
-        let mut parts = rest.split('-').map(str::parse::<u64>);
-        let (Some(Ok(pid)), Some(Ok(started)), Some(Ok(_)), None) =
-            (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            continue;
-        };
-        // A process id is given out again; the start time tells the two apart.
-        if start_time(pid as u32) != Some(started) {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
-/// When a process started, in clock ticks since boot (proc_pid_stat(5), field 22); `None` when there is none.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is a name in parentheses that may hold spaces.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }

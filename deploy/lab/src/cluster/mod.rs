@@ -537,7 +537,7 @@ impl Drop for Cluster {
             eprintln!("{}", self.log_tails());
         }
         if std::thread::panicking() || std::env::var_os(KEEP_VARIABLE).is_some() {
-            eprintln!("the nodes' files are kept in {}", crate::lab::kept_path(self.lab.dir()).display());
+            eprintln!("the nodes' files are kept in {}", crate::workdir::kept_path(self.lab.dir()).display());
             self.lab.keep_dir();
         }
     }

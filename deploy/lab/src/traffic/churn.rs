@@ -11,7 +11,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
 use crate::error::{LabError, Result};
-use crate::lab::Host;
+use crate::host::Host;
 
 /// Failures kept in words; the rest is only counted.
 const MAX_FAILURES_KEPT: usize = 8;

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::error::{LabError, Result};
-use crate::lab::Host;
+use crate::host::Host;
 
 /// Connections that are being opened at once: a burst of all of them would measure the servers' listen queues.
 const OPENING: usize = 32;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::pattern;
-use crate::lab::Host;
+use crate::host::Host;
 
 /// Failures kept in words; the rest is only counted.
 const MAX_FAILURES_KEPT: usize = 32;

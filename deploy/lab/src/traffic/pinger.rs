@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{LabError, Result};
-use crate::lab::Host;
+use crate::host::Host;
 
 /// What became of one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use super::pattern;
 use crate::error::{LabError, Result};
-use crate::lab::Host;
+use crate::host::Host;
 
 /// Longest request head that is read.
 const MAX_HEAD: usize = 8 * 1024;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::server::{ECHO_HEAD, MAX_DATAGRAM};
 use crate::error::{LabError, Result};
-use crate::lab::Host;
+use crate::host::Host;
 
 /// Datagrams that one stream can count: more than an hour at one a millisecond.
 const MAX_SENT: usize = 4_000_000;
