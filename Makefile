@@ -16,7 +16,7 @@ MUTATE ?=
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS ?= $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 
-.PHONY: help setup demo build test test-fast test-lanes lint deny bench chaos sim differential fuzz clean
+.PHONY: help setup demo build test test-fast test-lanes lint deny bench chaos soak sim differential fuzz clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -72,6 +72,13 @@ chaos: ## machines, cables, memory and disks fail, beside keepalived; CASES=… 
 	$(AS_ROOT) target/release/chaos $(if $(CASES),--cases $(CASES)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	    $(if $(LANES),--lanes $(LANES)) $(if $(CLUSTERS),--clusters $(CLUSTERS)) $(if $(PROFILE),--profile $(PROFILE)) \
 	    $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+soak: ## a cluster under load for MINUTES (10), every processor busy with other work: the owner stays, nothing breaks or grows; PROFILE=… LANE=… CLUSTER=…
+	@deploy/setup.sh test
+	cargo build --release --package komainu-node
+	cargo build --release --package komainu-tests --bin soak
+	$(AS_ROOT) target/release/soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PROFILE),--profile $(PROFILE)) \
+	    $(if $(LANE),--lane $(LANE)) $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 
 sim: setup ## SEEDS (10000) simulated runs from SEED (1); MUTATE=1 also breaks each rule in turn, which must be found
 	cargo run --release --package komainu-cluster --features sim --bin sim -- \

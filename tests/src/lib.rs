@@ -11,6 +11,7 @@ pub mod grpc;
 pub mod lane;
 pub mod path;
 pub mod pki;
+pub mod soak;
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
