@@ -190,6 +190,11 @@ impl Service {
         self.current.maglev.slot(hash)
     }
 
+    /// Whether the tables alone lead some flows elsewhere than they go: there are slots in transition, or its scheduler has state.
+    pub(crate) fn has_exceptions(&self) -> bool {
+        self.base.is_some() || !matches!(self.scheduler, Scheduler::Maglev | Scheduler::SourceIp)
+    }
+
     /// The table in force.
     pub(crate) fn current(&self) -> &Arc<Table> {
         &self.current

@@ -8,7 +8,7 @@ use komainu_proto::domain::{GroupId, NodeId};
 use super::receiving::Receiving;
 use super::sending::Sending;
 use super::wire::{Data, Report};
-use super::{Change, GREET, Owned, REPORT, SILENT};
+use super::{Change, GREET, Owned, REPORT, SILENT, Urgency};
 use crate::seal::{Kind, Session};
 use crate::time::Instant;
 
@@ -186,9 +186,9 @@ impl Exchange {
     }
 
     /// Something happened to a flow of a group that this node owns.
-    pub fn push(&mut self, change: Change, now: Instant) {
+    pub fn push(&mut self, change: Change, urgency: Urgency, now: Instant) {
         for link in self.peers.values_mut() {
-            link.sending.push(change, now);
+            link.sending.push(change, urgency, now);
         }
     }
 

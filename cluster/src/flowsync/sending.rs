@@ -7,7 +7,8 @@ use komainu_proto::domain::NodeId;
 
 use super::wire::Writer;
 use super::{
-    BURST, Change, DUMP_BELOW, GATHER, MAX_PENDING, Owned, RESEND, RESEND_MISSING, RESEND_MOST, TICK, WINDOW,
+    BURST, Change, DUMP_BELOW, GATHER, GATHER_SOON, MAX_PENDING, Owned, RESEND, RESEND_MISSING, RESEND_MOST,
+    TICK, Urgency, WINDOW,
 };
 use crate::time::Instant;
 
@@ -24,6 +25,10 @@ pub(super) struct Sending {
     pending: VecDeque<Change>,
     /// When the oldest of `pending` came.
     pending_since: Option<Instant>,
+    /// Some of `pending` are to go soon.
+    soon: bool,
+    /// When a datagram with changes left last.
+    left_at: Instant,
     /// Changes of this generation that came, that went into a datagram, and that are applied.
     came: u64,
     left: u64,
@@ -153,7 +158,7 @@ impl Sending {
     }
 
     /// Something happened. Too far behind: everything anew.
-    pub(super) fn push(&mut self, change: Change, now: Instant) {
+    pub(super) fn push(&mut self, change: Change, urgency: Urgency, now: Instant) {
         if !self.is_on() {
             return;
         }
@@ -162,6 +167,7 @@ impl Sending {
             return self.restart(&scope);
         }
         self.pending.push_back(change);
+        self.soon |= urgency == Urgency::Soon;
         self.pending_since.get_or_insert(now);
         self.came += 1;
     }
@@ -241,6 +247,8 @@ impl Sending {
         }
         // What is left over has waited as long.
         self.pending_since = self.pending_since.filter(|_| !self.pending.is_empty());
+        self.soon &= !self.pending.is_empty();
+        self.left_at = now;
         let completes = self.complete_at.is_some_and(|at| at <= self.left);
         if completes {
             self.complete_at = None;
@@ -275,7 +283,8 @@ impl Sending {
         {
             return Some(Instant(0));
         }
-        self.pending_since.map(|since| since.after(GATHER))
+        let gathered = self.pending_since?.after(GATHER);
+        Some(if self.soon { gathered.min(self.left_at.after(GATHER_SOON)) } else { gathered })
     }
 
     /// When [`Sending::poll`] may have something.

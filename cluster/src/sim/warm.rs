@@ -13,7 +13,8 @@ use super::machine::{Machine, Time};
 use super::world::{Arrival, Event, MS, World};
 use crate::flowsync::model::Table;
 use crate::flowsync::{
-    Change, Data, Exchange, Name, Owned, Record, Report, Step, Transmit, Work, data_context, report_context,
+    Change, Data, Exchange, Name, Owned, Record, Report, Step, Transmit, Urgency, Work, data_context,
+    report_context,
 };
 use crate::seal::{Kind, Session};
 use crate::time::Instant;
@@ -170,7 +171,8 @@ impl Machine {
         for change in news {
             let (Change::Known(Record { name, .. }) | Change::Gone(name)) = &change;
             if owns(group_of(name)) {
-                warm.exchange.push(change, now);
+                let urgency = if name.client.port() % 2 == 0 { Urgency::Soon } else { Urgency::Normal };
+                warm.exchange.push(change, urgency, now);
             }
         }
         warm.exchange.set_installed(installed);

@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use komainu_cluster::api::DataPath;
 use komainu_cluster::flowsync::{
-    Change, Data, Exchange, GATHER, Moment, Name, Owned, Record, Report, Step, Work, data_context,
-    report_context,
+    Change, Data, Exchange, GATHER, GATHER_SOON, Moment, Name, Owned, Record, Report, Step, Urgency, Work,
+    data_context, report_context,
 };
 use komainu_cluster::seal::{Kind, ReplayGuard, Sealer};
 use komainu_cluster::shell::View;
 use komainu_cluster::time::Instant;
 use komainu_packet::engine::{FlowName, FlowNews, FlowRecord};
-use komainu_packet::lane::{FlowSharing, MAX_ADOPTED};
+use komainu_packet::lane::{Awaited, FlowSharing, MAX_ADOPTED};
 use komainu_packet::time::BootTime;
 use komainu_proto::domain::{BackendId, GroupId, NodeId, Role, ServiceId};
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -52,8 +52,9 @@ pub(super) struct Worker {
     owned: Vec<Owned>,
     flushing: Vec<(Moment, SyncSender<()>)>,
     news: Vec<FlowNews>,
-    /// When news came last: more are waited for without being woken for each.
+    /// When news came last, and when an exception did: more are waited for without being woken for each.
     news_at: Option<Instant>,
+    exception_at: Option<Instant>,
 }
 
 impl Worker {
@@ -84,6 +85,7 @@ impl Worker {
             flushing: Vec::new(),
             news: Vec::new(),
             news_at: None,
+            exception_at: None,
         }
     }
 
@@ -202,11 +204,18 @@ impl Worker {
             self.news_at = Some(now);
         }
         for news in &self.news {
+            let urgency = match news {
+                FlowNews::Exception(_) => Urgency::Soon,
+                FlowNews::Known(_) | FlowNews::Gone(_) => Urgency::Normal,
+            };
+            if urgency == Urgency::Soon {
+                self.exception_at = Some(now);
+            }
             let change = change(news);
             let group = self.groups.get(&name_of(&change).service.0);
             // Of other groups only what this node forgets by itself is told.
             if group.is_some_and(|group| self.owned.iter().any(|o| o.group == *group)) {
-                self.exchange.push(change, now);
+                self.exchange.push(change, urgency, now);
             }
         }
         if lost {
@@ -317,12 +326,19 @@ impl Worker {
         if let Some(deadline) = self.exchange.next_deadline() {
             wait = wait.min(deadline.since(now));
         }
-        let gathering = self.news_at.map(|at| at.after(GATHER).since(now)).filter(|left| !left.is_zero());
-        match gathering {
-            Some(left) => wait = wait.min(left),
-            None if lane.news().arm() => return,
-            None => {}
+        let left = |since: Option<Instant>, gather| {
+            since.map(|at| at.after(gather).since(now)).filter(|left| !left.is_zero())
+        };
+        let gathering = (left(self.exception_at, GATHER_SOON), left(self.news_at, GATHER));
+        let (until, awaited) = match gathering {
+            (Some(left), _) => (left, None),
+            (None, Some(left)) => (left, Some(Awaited::Exceptions)),
+            (None, None) => (wait, Some(Awaited::Any)),
+        };
+        if awaited.is_some_and(|awaited| lane.news().arm(awaited)) {
+            return;
         }
+        wait = wait.min(until);
         let mut fds = [
             PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.shared.fd(), PollFlags::POLLIN),
@@ -351,7 +367,7 @@ fn name_of(change: &Change) -> &Name {
 fn change(news: &FlowNews) -> Change {
     let name = |n: &FlowName| Name { service: ServiceId(n.service), client: n.client };
     match news {
-        FlowNews::Known(r) => Change::Known(Record {
+        FlowNews::Known(r) | FlowNews::Exception(r) => Change::Known(Record {
             name: name(&r.name),
             backend: BackendId(r.backend),
             snat: r.snat,

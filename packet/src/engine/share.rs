@@ -43,8 +43,11 @@ pub struct FlowRecord {
 /// What happened to a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FlowNews {
-    /// It is remembered, like this.
+    /// It is remembered, like this; another node would lead its later packets the same way, or nearly always.
     Known(FlowRecord),
+    /// It is remembered, like this, in a service whose tables alone lead some flows elsewhere: urgent, for a node that takes over
+    /// without knowing it may break it.
+    Exception(FlowRecord),
     /// It has ended or is forgotten.
     Gone(FlowName),
 }
@@ -85,7 +88,7 @@ impl Core {
         let Some(outbox) = &mut self.outbox else { return };
         let flow = self.flows.get(id);
         if touched.assures() {
-            outbox.tell(FlowNews::Known(record(&self.states, flow)));
+            outbox.tell(known(&self.states, flow));
         } else if flow.is_told() {
             outbox.tell(FlowNews::Gone(name(&self.states, flow)));
         }
@@ -97,7 +100,7 @@ impl Core {
         let Some(outbox) = &mut self.outbox else { return };
         let flow = self.flows.get(id);
         if flow.is_assured() && !flow.is_told() {
-            outbox.tell(FlowNews::Known(record(&self.states, flow)));
+            outbox.tell(known(&self.states, flow));
             self.flows.set_told(id, true);
         }
     }
@@ -135,7 +138,7 @@ impl Engine {
         let mut adopted = Adopted::default();
         for news in news {
             let adoption = match news {
-                FlowNews::Known(record) => self.adopt_one(record, mark, now),
+                FlowNews::Known(record) | FlowNews::Exception(record) => self.adopt_one(record, mark, now),
                 FlowNews::Gone(name) => self.give_up(name, now),
             };
             match adoption {
@@ -290,6 +293,14 @@ fn name(states: &States, flow: &Flow) -> FlowName {
     FlowName {
         service: states.service_id(flow.service()),
         client: SocketAddr::new(client.client, client.client_port),
+    }
+}
+
+fn known(states: &States, flow: &Flow) -> FlowNews {
+    let record = record(states, flow);
+    match states.service(flow.service()).has_exceptions {
+        true => FlowNews::Exception(record),
+        false => FlowNews::Known(record),
     }
 }
 

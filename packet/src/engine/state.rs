@@ -24,6 +24,8 @@ pub(crate) struct ServiceState {
     pub(crate) index: Option<u16>,
     /// Flows remembered.
     pub(crate) remembered: u32,
+    /// [`Service::has_exceptions`] in the tables in force.
+    pub(crate) has_exceptions: bool,
 }
 
 /// State of a backend of a service.
@@ -183,7 +185,8 @@ impl States {
         for (index, service) in tables.services().iter().enumerate() {
             let identity = (service.id, service.vip, service.port, service.protocol, service.mode);
             let number = known.get(&identity).copied().unwrap_or_else(|| self.new_service(identity));
-            self.services[number as usize].index = Some(index as u16);
+            let state = &mut self.services[number as usize];
+            (state.index, state.has_exceptions) = (Some(index as u16), service.has_exceptions());
             let numbers = match before.remove(&number) {
                 Some((before, numbers)) if same_backends(before, service) => numbers,
                 _ => {
@@ -220,7 +223,7 @@ impl States {
     }
 
     fn new_service(&mut self, identity: (u32, IpAddr, u16, Protocol, Mode)) -> u32 {
-        let state = ServiceState { identity, index: None, remembered: 0 };
+        let state = ServiceState { identity, index: None, remembered: 0, has_exceptions: false };
         if let Some(number) = self.free_services.pop() {
             self.services[number as usize] = state;
             return number;

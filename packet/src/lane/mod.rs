@@ -12,8 +12,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use self::af_packet::News;
 use self::af_packet::{AfPacketConfig, AfPacketLane, Finding};
+pub use self::af_packet::{Awaited, News};
 use self::kernel::{Choice, Hook, KernelLane};
 use crate::engine::{Adopted, FlowNews, FlowRecord};
 use crate::lease::Lease;

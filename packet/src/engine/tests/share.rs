@@ -190,7 +190,7 @@ fn an_owner_takes_what_it_lacks_and_keeps_what_it_knows() {
     let gone: Vec<_> = news
         .iter()
         .map(|news| match news {
-            FlowNews::Known(record) => FlowNews::Gone(record.name),
+            FlowNews::Known(record) | FlowNews::Exception(record) => FlowNews::Gone(record.name),
             gone @ FlowNews::Gone(_) => *gone,
         })
         .collect();

@@ -49,7 +49,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub(crate) use check::has_capability;
 pub use check::{Finding, Severity};
 pub use offload::Offloads;
-pub use share::News;
+pub use share::{Awaited, News};
 
 use super::{Counters, FlowFilter, FlowInfo, FlowSharing, Lane, LaneError, LaneKind, LinkInfo, Trace};
 use crate::engine::{

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -21,10 +21,23 @@ pub struct News {
     shared: Arc<Bell>,
 }
 
+/// What is worth being woken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Awaited {
+    /// [`FlowNews::Exception`] only.
+    Exceptions = 1,
+    /// Any news.
+    Any = 2,
+}
+
 #[derive(Debug)]
 struct Bell {
     lost: AtomicBool,
-    awaited: AtomicBool,
+    /// Of what comes before the next [`News::take`], whether there is an exception.
+    exceptions: AtomicBool,
+    /// An [`Awaited`]; 0: nothing.
+    awaited: AtomicU8,
     wake: EventFd,
 }
 
@@ -42,13 +55,24 @@ impl News {
     pub(super) fn new() -> std::io::Result<(News, Box<dyn FlowOutbox>)> {
         let (sender, queue) = bounded(MAX_NEWS);
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let bell = Arc::new(Bell { lost: AtomicBool::new(false), awaited: AtomicBool::new(false), wake });
+        let bell = Arc::new(Bell {
+            lost: AtomicBool::new(false),
+            exceptions: AtomicBool::new(false),
+            awaited: AtomicU8::new(0),
+            wake,
+        });
         Ok((News { queue, shared: Arc::clone(&bell) }, Box::new(Outbox { queue: sender, bell })))
     }
 
     /// Takes news, oldest first, at most `most`.
     pub fn take(&self, most: usize, into: &mut Vec<FlowNews>) {
+        // First: what comes in between is taken, or rings for nothing.
+        self.shared.exceptions.store(false, Ordering::SeqCst);
+        let before = into.len();
         into.extend(self.queue.try_iter().take(most));
+        if into.len() - before >= most {
+            self.shared.exceptions.store(true, Ordering::SeqCst);
+        }
     }
 
     /// News that wait.
@@ -62,19 +86,22 @@ impl News {
         self.shared.lost.swap(false, Ordering::SeqCst)
     }
 
-    /// Has the next news make [`News::fd`] readable, once. True: some are there already, and nothing was asked for.
-    pub fn arm(&self) -> bool {
-        self.shared.awaited.store(true, Ordering::SeqCst);
-        let there = !self.queue.is_empty();
+    /// Has the next news of that kind make [`News::fd`] readable, once. True: some are there already, and nothing was asked for.
+    pub fn arm(&self, awaited: Awaited) -> bool {
+        self.shared.awaited.store(awaited as u8, Ordering::SeqCst);
+        let there = match awaited {
+            Awaited::Exceptions => self.shared.exceptions.load(Ordering::SeqCst),
+            Awaited::Any => !self.queue.is_empty(),
+        };
         if there {
-            self.shared.awaited.store(false, Ordering::SeqCst);
+            self.shared.awaited.store(0, Ordering::SeqCst);
         }
         there
     }
 
     /// Makes [`News::fd`] unreadable again.
     pub fn disarm(&self) {
-        self.shared.awaited.store(false, Ordering::SeqCst);
+        self.shared.awaited.store(0, Ordering::SeqCst);
         let _ = self.shared.wake.read();
     }
 
@@ -89,7 +116,14 @@ impl FlowOutbox for Outbox {
         if let Err(TrySendError::Full(_)) = self.queue.try_send(news) {
             self.bell.lost.store(true, Ordering::SeqCst);
         }
-        if self.bell.awaited.load(Ordering::SeqCst) && self.bell.awaited.swap(false, Ordering::SeqCst) {
+        let exception = matches!(news, FlowNews::Exception(_));
+        if exception {
+            self.bell.exceptions.store(true, Ordering::SeqCst);
+        }
+        let least = if exception { Awaited::Exceptions } else { Awaited::Any } as u8;
+        if self.bell.awaited.load(Ordering::SeqCst) >= least
+            && self.bell.awaited.swap(0, Ordering::SeqCst) != 0
+        {
             let _ = self.bell.wake.write(1);
         }
     }
@@ -137,11 +171,11 @@ mod tests {
     #[test]
     fn whoever_waits_is_woken_once_and_a_loss_is_told() {
         let (inbox, mut outbox) = News::new().unwrap();
-        assert!(!inbox.arm());
+        assert!(!inbox.arm(Awaited::Any));
         outbox.tell(news(1));
         outbox.tell(news(2));
         assert_eq!(inbox.shared.wake.read().unwrap(), 1);
-        assert!(inbox.arm(), "there is news already");
+        assert!(inbox.arm(Awaited::Any), "there is news already");
         let mut taken = Vec::new();
         inbox.take(1, &mut taken);
         assert_eq!(taken, [news(1)]);
@@ -151,5 +185,25 @@ mod tests {
         }
         assert!(inbox.take_lost() && !inbox.take_lost());
         assert_eq!(inbox.waiting(), MAX_NEWS);
+    }
+
+    #[test]
+    fn whoever_waits_for_exceptions_is_woken_for_nothing_else() {
+        let exception = FlowNews::Exception(FlowRecord {
+            name: FlowName { service: 1, client: ([192, 0, 2, 1], 3).into() },
+            backend: 1,
+            snat: None,
+            progress: 0,
+        });
+        let (inbox, mut outbox) = News::new().unwrap();
+        outbox.tell(news(1));
+        assert!(!inbox.arm(Awaited::Exceptions));
+        outbox.tell(news(2));
+        assert!(inbox.shared.wake.read().is_err(), "not for that");
+        outbox.tell(exception);
+        assert_eq!(inbox.shared.wake.read().unwrap(), 1);
+        assert!(inbox.arm(Awaited::Exceptions), "there is one already");
+        inbox.take(MAX_NEWS, &mut Vec::new());
+        assert!(!inbox.arm(Awaited::Exceptions));
     }
 }
