@@ -100,6 +100,30 @@ fn a_flood_of_syns_is_no_news() {
     }
 }
 
+/// A new owner that does not know such a flow leads it elsewhere: these go first on the way to it.
+#[test]
+fn flows_that_the_tables_do_not_tell_are_told_as_exceptions() {
+    let mut in_turn = service(Mode::Dsr, false, Protocol::Tcp, 3);
+    in_turn.scheduler = Scheduler::RoundRobin;
+    let settled = service(Mode::Nat, false, Protocol::Tcp, 3);
+    let cases = [
+        (in_transition(Mode::Dsr), true),
+        (in_transition(Mode::Nat), true),
+        (in_turn, true),
+        (settled, false),
+    ];
+    for (service, exception) in cases {
+        let mode = service.mode;
+        let (mut owner, outbox, mut standby) = pair(vec![service]);
+        (2000..2100).for_each(|port| drop(open(&mut owner, port, mode)));
+        let news = outbox.take();
+        assert!(!news.is_empty());
+        assert!(news.iter().all(|n| matches!(n, FlowNews::Exception(_)) == exception), "{mode:?}");
+        let adopted = standby.engine.adopt(&news, 1, standby.now);
+        assert_eq!(adopted.taken as usize, news.len());
+    }
+}
+
 #[test]
 fn the_end_of_a_flow_is_told_once() {
     let (mut owner, outbox, mut standby) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 1)]);
