@@ -21,7 +21,7 @@ fn plays(shape: Shape, lane: &str, cases: &[Case]) {
         checks: false,
         node_extra: String::new(),
         small_disks: false,
-        slow_sync: None,
+        preload: None,
     };
     let mut side = Komainu::start(&setup).unwrap();
     let measure = Measure::new(&side, CONNECTIONS).unwrap();

@@ -10,8 +10,9 @@ use anyhow::{Context, Result, bail};
 use komainu_lab::cluster::binary;
 use komainu_tests::bench::report::machine;
 use komainu_tests::chaos::keepalived::{Advert, Keepalived};
-use komainu_tests::chaos::komainu::{Komainu, Setup, build_slow_sync};
+use komainu_tests::chaos::komainu::{Komainu, Setup};
 use komainu_tests::chaos::page::page;
+use komainu_tests::chaos::preload::Preload;
 use komainu_tests::chaos::report::{self, Entry, Subject};
 use komainu_tests::chaos::{Case, Contender, Measure, Round, Shape};
 use nix::mount::{MsFlags, mount};
@@ -64,7 +65,7 @@ struct Stage {
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Needs {
     small_disks: bool,
-    slow_sync: bool,
+    preload: Option<Preload>,
 }
 
 fn main() -> ExitCode {
@@ -177,9 +178,14 @@ impl Player<'_> {
     /// All rounds, on `stage` if that is fit for them. What forwarded, and what was seen.
     fn play(&self, stage: &mut Option<Stage>, log: &mut fs::File) -> Result<(Option<String>, Vec<Round>)> {
         let (case, subject) = (self.case, self.subject);
+        let preload = match case {
+            Case::SlowDisk => Some(Preload::SlowSync),
+            Case::ClockBack => Some(Preload::WallClock),
+            _ => None,
+        };
         let needs = Needs {
             small_disks: case == Case::DiskFull && self.advert.is_none(),
-            slow_sync: case == Case::SlowDisk && self.advert.is_none(),
+            preload: preload.filter(|_| self.advert.is_none()),
         };
         *stage = stage.take().filter(|s| s.needs == needs);
         if let Some(used) = stage
@@ -241,10 +247,6 @@ impl Player<'_> {
         let side: Box<dyn Contender> = match (self.advert, self.subject.shape) {
             (Some(advert), _) => Box::new(Keepalived::start(advert)?),
             (None, shape) => {
-                let slow_sync = match needs.slow_sync {
-                    true => Some(build_slow_sync(&std::path::absolute(DIRECTORY)?)?),
-                    false => None,
-                };
                 let profile = match self.options.profile.as_str() {
                     "default" => String::new(),
                     other => format!("[timing]\nprofile = \"{other}\"\n"),
@@ -257,7 +259,7 @@ impl Player<'_> {
                     checks: true,
                     node_extra: format!("{profile}{}", self.options.node_extra),
                     small_disks: needs.small_disks,
-                    slow_sync,
+                    preload: needs.preload,
                 })?)
             }
         };

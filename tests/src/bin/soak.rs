@@ -90,7 +90,7 @@ fn options() -> Result<Option<Soak>> {
         checks: true,
         node_extra: String::new(),
         small_disks: false,
-        slow_sync: None,
+        preload: None,
     };
     let mut soak = Soak { setup, laps: 10, hogs: processors, connections: 1000 };
     let mut args = std::env::args().skip(1);

@@ -59,6 +59,8 @@ pub enum Case {
     StoreCorrupt,
     /// The owner shares little memory with a process that takes all of it.
     MemoryPressure,
+    /// The owner's wall clock is set back.
+    ClockBack,
 }
 
 /// What must hold beyond what always must: one owner in the end, and never two.
@@ -78,7 +80,7 @@ pub struct Bounds {
 
 impl Case {
     /// All of them, in the order in which they are played and printed.
-    pub const ALL: [Case; 26] = [
+    pub const ALL: [Case; 27] = [
         Case::KillOwner,
         Case::KillOwnerInTransition,
         Case::KillLeader,
@@ -105,6 +107,7 @@ impl Case {
         Case::SlowDisk,
         Case::StoreCorrupt,
         Case::MemoryPressure,
+        Case::ClockBack,
     ];
 
     /// The word for it on the command line and in results.
@@ -136,6 +139,7 @@ impl Case {
             Case::SlowDisk => "slow-disk",
             Case::StoreCorrupt => "store-corrupt",
             Case::MemoryPressure => "memory-pressure",
+            Case::ClockBack => "clock-back",
         }
     }
 
@@ -198,6 +202,9 @@ impl Case {
                 "for 2 s the owner shares 64 MiB for whatever it still needs (a memory cgroup) with a process that takes all it can get \
                  and is killed by the kernel for it, again and again"
             }
+            Case::ClockBack => {
+                "the owner's wall clock is set back by an hour (a library put before the system's), the document is changed, and after 2 s the clock is put right"
+            }
         }
     }
 
@@ -208,11 +215,8 @@ impl Case {
         let bounds = match self {
             // The death of a process is told and should be noticed sooner ([`Case::goal`]); what is lost of that is a loss of power's time.
             Case::KillOwner | Case::PowerOff => Bounds { gap_median: ms(200), gap_max: ms(350), ..live },
-            Case::Switchover | Case::KillWitness => Bounds { lost_median: Some(0), ..live },
-            // Connections made since the change are known to the owner only, until standbys are told of them.
-            Case::KillOwnerInTransition => {
-                Bounds { connections_live: false, ..Case::KillOwner.bounds(shape) }
-            }
+            Case::Switchover | Case::KillWitness | Case::ClockBack => Bounds { lost_median: Some(0), ..live },
+            Case::KillOwnerInTransition => Case::KillOwner.bounds(shape),
             // Nobody forwards for longer than TCP waits before it tries again.
             Case::BootAtOnce => Bounds::default(),
             _ => live,
@@ -249,6 +253,8 @@ impl Case {
                 | Case::DiskFull
                 | Case::SlowDisk
                 | Case::StoreCorrupt
+                // The change is made through the witness.
+                | Case::ClockBack
         );
         shape == Shape::Three || !of_three
     }
@@ -291,13 +297,6 @@ impl Case {
         )
     }
 }
-
-/// What is not among the cases, and why.
-pub const LEFT_OUT: [(&str, &str); 1] = [(
-    "clock set back an hour",
-    "Linux has no namespace for CLOCK_REALTIME, and a chaos run must not set the clock of the machine it is a guest on. Nothing that \
-     decides about leases reads it: they live on CLOCK_BOOTTIME. The simulation (`make sim`) sets wall clocks forward and back by up to an hour",
-)];
 
 #[cfg(test)]
 mod tests {

@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +14,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::Signal;
 
 use super::contender::{Contender, Target};
+use super::preload::{CLOCK_VARIABLE, Preload, WallClock};
 use super::shape::Shape;
 use crate::GROUP;
 
@@ -34,8 +34,6 @@ const SMALL_DISK: &str = "size=48m";
 const SLOWNESS: Duration = Duration::from_millis(600);
 /// Time that a standby is given to learn the owner's flows.
 const CATCH_UP: Duration = Duration::from_millis(500);
-/// File beside a node's data whose number of milliseconds every sync waits.
-pub const DELAY_FILE: &str = "sync-delay-ms";
 
 /// What kind of cluster.
 #[derive(Clone, Debug)]
@@ -54,8 +52,8 @@ pub struct Setup {
     pub node_extra: String,
     /// Whether data directories are small file systems of their own. The process must have mounts of its own.
     pub small_disks: bool,
-    /// A library that makes syncs wait ([`build_slow_sync`]).
-    pub slow_sync: Option<PathBuf>,
+    /// What stands before the system's library in every node.
+    pub preload: Option<Preload>,
 }
 
 /// The cluster.
@@ -81,8 +79,13 @@ impl Komainu {
         let servers = standard::servers(&lab)?;
         let arbiter = lab.host("client").v4(SERVICE);
         let mut cluster = Cluster::with_lane(lab, setup.binary.clone(), Some(&setup.lane))?;
-        if let Some(library) = &setup.slow_sync {
+        if let Some(preload) = &setup.preload {
+            let library = preload.build(cluster.lab.dir())?;
             cluster.set_env("LD_PRELOAD", &library.display().to_string());
+            if *preload == Preload::WallClock {
+                let file = WallClock::create(cluster.lab.dir())?;
+                cluster.set_env(CLOCK_VARIABLE, &file.display().to_string());
+            }
         }
         for name in cluster.names() {
             cluster.configure(&name, &setup.node_extra)?;
@@ -162,77 +165,6 @@ fn mount_small(dir: &Path) -> Result<()> {
     mount(Some("komainu-chaos"), dir, Some("tmpfs"), MsFlags::empty(), Some(SMALL_DISK))
         .with_context(|| format!("mount a small file system at {}", dir.display()))
 }
-
-/// Compiles the library that makes `fsync`, `fdatasync`, `msync` and `sync_file_range` wait as many milliseconds as stand in
-/// [`DELAY_FILE`] beside the file's directory tree; nothing stands there at first.
-///
-/// # Errors
-/// There is no C compiler, or it refuses.
-pub fn build_slow_sync(dir: &Path) -> Result<PathBuf> {
-    let source = dir.join("slow_sync.c");
-    let library = dir.join("slow_sync.so");
-    std::fs::write(&source, SLOW_SYNC)?;
-    let status = Command::new("cc")
-        .args(["-shared", "-fPIC", "-O1", "-o"])
-        .arg(&library)
-        .arg(&source)
-        .arg("-ldl")
-        .status()
-        .context("run cc")?;
-    if !status.success() {
-        bail!("cc refused {}: {status}", source.display());
-    }
-    Ok(library)
-}
-
-/// Reads the number anew at each call: the test writes it while the node runs.
-const SLOW_SYNC: &str = r#"
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-static void wait_for_disk(int fd) {
-    char link[64], path[PATH_MAX], number[32];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t n = readlink(link, path, sizeof path - 32);
-    if (n <= 0) return;
-    path[n] = 0;
-    for (char *slash; (slash = strrchr(path, '/')) && slash != path;) {
-        strcpy(slash, "/sync-delay-ms");
-        int file = open(path, O_RDONLY | O_CLOEXEC);
-        if (file >= 0) {
-            n = read(file, number, sizeof number - 1);
-            close(file);
-            if (n <= 0) return;
-            number[n] = 0;
-            long ms = atol(number);
-            struct timespec t = {ms / 1000, ms % 1000 * 1000000};
-            nanosleep(&t, NULL);
-            return;
-        }
-        *slash = 0;
-    }
-}
-
-int fsync(int fd) {
-    wait_for_disk(fd);
-    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd);
-}
-int fdatasync(int fd) {
-    wait_for_disk(fd);
-    return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd);
-}
-int sync_file_range(int fd, off64_t offset, off64_t length, unsigned flags) {
-    wait_for_disk(fd);
-    return ((int (*)(int, off64_t, off64_t, unsigned))dlsym(RTLD_NEXT, "sync_file_range"))(fd, offset, length, flags);
-}
-"#;
 
 impl Contender for Komainu {
     fn lab(&self) -> &Lab {

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::case::{Case, LEFT_OUT};
+use super::case::Case;
 use super::keepalived::Advert;
 use super::report::{Distribution, Entry};
 use super::shape::Shape;
@@ -49,10 +49,6 @@ pub fn page(entries: &[Entry], machine: &str) -> String {
         for case in not {
             let _ = writeln!(t, "- `{}`: {}.", case.name(), case.what());
         }
-    }
-    t.push_str("\n## Not among the cases\n\n");
-    for (what, why) in LEFT_OUT {
-        let _ = writeln!(t, "- {what}: {}.", why.trim_end_matches('.'));
     }
     t
 }

@@ -17,7 +17,7 @@ use nix::sys::signal::Signal;
 
 use super::case::Case;
 use super::contender::Contender;
-use super::komainu::DELAY_FILE;
+use super::preload::{DELAY_FILE, WallClock};
 use super::squeeze::Squeeze;
 use crate::GROUP;
 
@@ -34,6 +34,9 @@ const PRESSURE: Duration = Duration::from_secs(2);
 const HOG_PAUSE: Duration = Duration::from_millis(100);
 /// How long disks are full or slow.
 const BAD_DISK: Duration = Duration::from_secs(2);
+/// A wall clock that is wrong: by how much, and for how long.
+const CLOCK_BACK: Duration = Duration::from_secs(3600);
+const WRONG_CLOCK: Duration = Duration::from_secs(2);
 /// What a slow sync takes longer.
 const SYNC_DELAY_MS: u32 = 300;
 /// A cable that goes off and on: how often, for how long off and on.
@@ -111,6 +114,7 @@ impl Scene<'_> {
             Case::DiskFull => self.disk_full(&owner),
             Case::SlowDisk => self.slow_disk(&owner),
             Case::StoreCorrupt => self.corrupt_store(&owner),
+            Case::ClockBack => self.set_clock_back(&owner),
             Case::MemoryPressure => self.press(&owner),
         }
     }
@@ -427,6 +431,25 @@ impl Scene<'_> {
         let result = changed.and_then(|()| self.dwell(BAD_DISK));
         fs::remove_file(&file)?;
         result
+    }
+
+    fn set_clock_back(&mut self, node: &str) -> Result<()> {
+        let cluster = ours(self.side)?;
+        let clock = WallClock::open(cluster.lab.dir())?;
+        let pid = cluster.process(node).pid();
+        self.at = Instant::now();
+        clock.set_back(pid, CLOCK_BACK)?;
+        let changed = self.change_document();
+        let result = changed.and_then(|()| self.dwell(WRONG_CLOCK));
+        let asked = clock.set_right()?;
+        result?;
+        if asked == 0 {
+            bail!("{node} never looked at its clock");
+        }
+        self.notes.push(format!("asked {asked} times"));
+        // To be put right is a leap, too.
+        self.dwell(WRONG_CLOCK * 2)?;
+        same_document(ours(self.side)?).map(drop)
     }
 
     /// Applies a document other than the one in force, through the witness.
