@@ -65,8 +65,9 @@ pub struct Flows {
     known: BTreeSet<(Name, BackendId)>,
     /// By process: flows that an owner took for told, and that have not ended since.
     told: BTreeMap<(NodeId, Session), BTreeMap<Name, Record>>,
-    /// Who began to forward for each group last.
-    taken_by: BTreeMap<GroupId, NodeId>,
+    /// Who began to forward for each group under the highest epoch yet. (A node whose clock was halted begins anew under the one
+    /// it had, until it hears of others.)
+    taken_by: BTreeMap<GroupId, (u64, NodeId)>,
     /// How often a node began to forward with such flows, and how many there were.
     pub taken_over: (u64, u64),
 }
@@ -342,7 +343,7 @@ impl World {
             for owned in &warm.owned {
                 // Whoever took over since, or forwards itself, knows better.
                 let clock = other.clock(t);
-                let newest = flows.taken_by.get(&owned.group) == Some(&machine.identity.id);
+                let newest = flows.taken_by.get(&owned.group) == Some(&(owned.epoch, machine.identity.id));
                 if !newest || other.lane.get(&owned.group).is_some_and(|l| l.forward_until > clock) {
                     continue;
                 }
@@ -366,6 +367,10 @@ impl World {
     pub(super) fn takes_over(&mut self, node: u64, group: GroupId) -> Result<(), String> {
         let World { machines, flows: Some(flows), .. } = self else { return Ok(()) };
         let machine = &machines[&node];
+        let Some(epoch) = machine.lane.get(&group).map(|lease| lease.epoch) else { return Ok(()) };
+        if flows.taken_by.get(&group).is_some_and(|(newest, _)| *newest > epoch) {
+            return Ok(());
+        }
         let Some(warm) = machine.process.as_ref().and_then(|p| p.warm.as_ref()) else { return Ok(()) };
         let told = flows.told.get(&(machine.identity.id, warm.session));
         let told = told.into_iter().flatten().filter(|(name, _)| group_of(name) == group);
@@ -385,7 +390,7 @@ impl World {
         {
             return Err(format!("n{node} knows of {name:?} as {r:?}, which never was"));
         }
-        flows.taken_by.insert(group, machine.identity.id);
+        flows.taken_by.insert(group, (epoch, machine.identity.id));
         // From now on others have what this one tells them.
         flows.told.values_mut().for_each(|told| told.retain(|name, _| group_of(name) != group));
         if count > 0 {
