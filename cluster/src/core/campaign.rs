@@ -62,7 +62,7 @@ impl Core {
         if !transfer && !message.reject && !pulse.may_promise(self.now.at) {
             return;
         }
-        if transfer && !self.is_supplied(&message, &pulse) {
+        if transfer && (self.is_taking_snapshot() || !self.is_supplied(&message, &pulse)) {
             return;
         }
         let term_before = self.raft.raft.term;
@@ -94,8 +94,16 @@ impl Core {
         // Nobody hears of a vote before it is on disk, and the next one would be written after it.
         self.disk.newest > 0 && self.disk.persisted == 0
             || self.disk.owes_promise()
+            || self.is_taking_snapshot()
             || self.disk.persisted < self.alone.base_write
             || self.conf.voters.len() == 1 && log.persisted < log.last_index()
+    }
+
+    /// Whether the log begins after what `raft` takes for applied, because a snapshot is not on disk yet. `raft` looks between there
+    /// and what is committed for changes of the voters before it campaigns, and panics where that is not in the log.
+    fn is_taking_snapshot(&self) -> bool {
+        let log = &self.raft.raft.raft_log;
+        log.applied + 1 < log.first_index()
     }
 
     /// A term or vote is on disk. Where votes were waiting for that, the time for the others' answer begins now.

@@ -457,6 +457,51 @@ fn wishes_about_members_outlive_the_leader() {
     );
 }
 
+/// A campaign while a snapshot was on its way to the disk ended the process: one that was behind, and whose new leader was killed.
+#[test]
+fn a_node_whose_snapshot_is_being_written_does_not_campaign() {
+    let roles = [Role::Balancer, Role::Balancer, Role::Witness, Role::Balancer, Role::Witness];
+    let mut taken = 0;
+    for seed in 0..12 {
+        let mut w = formed(seed, &roles, 1);
+        let voters = |w: &World| w.leader().and_then(|l| w.process(l)).map(|p| p.core.voters().count());
+        assert!(w.run_until(w.t + 2_000 * MS, |w| voters(w) == Some(5)).unwrap());
+        let first = w.leader().unwrap();
+        let joins = [1, 2, 4].into_iter().find(|n| *n != first).unwrap();
+        let behind = [3, 5].into_iter().find(|n| *n != first).unwrap();
+        w.kill(behind);
+        w.run_for(300 * MS).unwrap();
+        // The log of a node that joins begins with a snapshot: it has nothing older for one that is behind.
+        w.power_off(joins);
+        w.machine(joins).disk.lose_everything();
+        w.start(joins).unwrap();
+        let led = |w: &World| w.leader().is_some_and(|l| l != joins);
+        w.run_for(1_000 * MS).unwrap();
+        assert!(led(&w), "{}", w.transcript.join("\n"));
+        w.kill(w.leader().unwrap());
+        w.start(behind).unwrap();
+        if !w.run_until(w.t + 1_000 * MS, |w| w.leader() == Some(joins)).unwrap() {
+            continue;
+        }
+        w.machine(behind).slow_fsync = Some(400 * MS);
+        let index = |w: &World, node: u64| w.process(node).map(|p| p.core.state().index);
+        let old = index(&w, behind);
+        assert!(
+            w.run_until(w.t + 500 * MS, |w| index(w, behind) > old).unwrap(),
+            "{}",
+            w.transcript.join("\n")
+        );
+        w.kill_and_tell(joins, MS);
+        w.run_for(1_000 * MS).unwrap();
+        taken += 1;
+        w.machine(behind).slow_fsync = None;
+        w.start(joins).unwrap();
+        w.run_for(2_000 * MS).unwrap();
+        assert!(w.owner(G).is_some(), "seed {seed}:\n{}", w.transcript.join("\n"));
+    }
+    assert!(taken > 0, "the one that joined never led");
+}
+
 /// A machine with a slow disk and a busy processor: whatever takes longer, the old owner goes on forwarding.
 #[test]
 fn stopping_the_owner_on_a_busy_machine_loses_no_datagram() {
