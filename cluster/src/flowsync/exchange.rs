@@ -186,9 +186,9 @@ impl Exchange {
     }
 
     /// Something happened to a flow of a group that this node owns.
-    pub fn push(&mut self, change: Change, urgency: Urgency, now: Instant) {
+    pub fn push(&mut self, change: Change, urgency: Urgency) {
         for link in self.peers.values_mut() {
-            link.sending.push(change, urgency, now);
+            link.sending.push(change, urgency);
         }
     }
 
@@ -253,18 +253,12 @@ impl Exchange {
     }
 
     /// Flows that were wanted, and where to go on.
-    pub fn dumped(
-        &mut self,
-        dump: &Dump,
-        flows: impl IntoIterator<Item = Change>,
-        next: Option<usize>,
-        now: Instant,
-    ) {
+    pub fn dumped(&mut self, dump: &Dump, flows: impl IntoIterator<Item = Change>, next: Option<usize>) {
         if let Some(link) = self.peers.get_mut(&dump.peer)
             && link.sending.generation() == dump.generation
             && link.sending.wants_dump() == Some(dump.from)
         {
-            link.sending.dumped(flows, next, now);
+            link.sending.dumped(flows, next);
         }
     }
 

@@ -61,10 +61,9 @@ pub const MAX_PENDING: usize = 1 << 17;
 /// Flows are asked for in pieces while fewer than this wait.
 const DUMP_BELOW: usize = 4096;
 /// How long a change waits for others to share its datagram, against 80 bytes of seal and headers for each: what an owner's death
-/// may take with it.
+/// may take with it. It is counted from the datagram before, so that one that comes alone waits for nothing.
 pub const GATHER: Duration = Duration::from_millis(10);
-/// The same for changes that a node can't do without when it takes over ([`Urgency::Soon`]). It is counted from the datagram before,
-/// so that the first of them waits for nothing.
+/// The same for changes that a node can't do without when it takes over ([`Urgency::Soon`]).
 pub const GATHER_SOON: Duration = Duration::from_millis(1);
 /// An acknowledgement waits for others at most so long, or for [`ACK_EVERY`] datagrams.
 const ACK_DELAY: Duration = Duration::from_millis(40);

@@ -23,8 +23,6 @@ pub(super) struct Sending {
     phase: Phase,
     scope: Vec<Owned>,
     pending: VecDeque<Change>,
-    /// When the oldest of `pending` came.
-    pending_since: Option<Instant>,
     /// Some of `pending` are to go soon.
     soon: bool,
     /// When a datagram with changes left last.
@@ -136,18 +134,10 @@ impl Sending {
     }
 
     /// Flows that were asked for; `next`: where the following ones are.
-    pub(super) fn dumped(
-        &mut self,
-        flows: impl IntoIterator<Item = Change>,
-        next: Option<usize>,
-        now: Instant,
-    ) {
+    pub(super) fn dumped(&mut self, flows: impl IntoIterator<Item = Change>, next: Option<usize>) {
         let before = self.pending.len();
         self.pending.extend(flows);
         self.came += (self.pending.len() - before) as u64;
-        if self.pending.len() > before {
-            self.pending_since.get_or_insert(now);
-        }
         match next {
             Some(from) => self.phase = Phase::Dumping(from),
             None => {
@@ -158,7 +148,7 @@ impl Sending {
     }
 
     /// Something happened. Too far behind: everything anew.
-    pub(super) fn push(&mut self, change: Change, urgency: Urgency, now: Instant) {
+    pub(super) fn push(&mut self, change: Change, urgency: Urgency) {
         if !self.is_on() {
             return;
         }
@@ -168,7 +158,6 @@ impl Sending {
         }
         self.pending.push_back(change);
         self.soon |= urgency == Urgency::Soon;
-        self.pending_since.get_or_insert(now);
         self.came += 1;
     }
 
@@ -245,8 +234,6 @@ impl Sending {
             writer.put(&change);
             self.left += 1;
         }
-        // What is left over has waited as long.
-        self.pending_since = self.pending_since.filter(|_| !self.pending.is_empty());
         self.soon &= !self.pending.is_empty();
         self.left_at = now;
         let completes = self.complete_at.is_some_and(|at| at <= self.left);
@@ -283,8 +270,8 @@ impl Sending {
         {
             return Some(Instant(0));
         }
-        let gathered = self.pending_since?.after(GATHER);
-        Some(if self.soon { gathered.min(self.left_at.after(GATHER_SOON)) } else { gathered })
+        let gather = if self.soon { GATHER_SOON } else { GATHER };
+        (!self.pending.is_empty()).then(|| self.left_at.after(gather))
     }
 
     /// When [`Sending::poll`] may have something.

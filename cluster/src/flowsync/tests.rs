@@ -97,18 +97,16 @@ impl World {
     }
 
     fn known(&mut self, node: usize, n: u16, backend: u32) {
-        let now = self.at();
         let node = &mut self.nodes[node];
         let record = record(n, backend);
         node.table.put(record, 0);
-        node.exchange.push(Change::Known(record), Urgency::Normal, now);
+        node.exchange.push(Change::Known(record), Urgency::Normal);
     }
 
     fn gone(&mut self, node: usize, n: u16) {
-        let now = self.at();
         let node = &mut self.nodes[node];
         if node.table.remove(&name(n)) {
-            node.exchange.push(Change::Gone(name(n)), Urgency::Normal, now);
+            node.exchange.push(Change::Gone(name(n)), Urgency::Normal);
         }
     }
 
@@ -123,7 +121,7 @@ impl World {
         while let Some(dump) = node.exchange.wants_dump() {
             let (flows, next) = node.table.piece(dump.from, 50);
             let flows: Vec<Change> = flows.copied().map(Change::Known).collect();
-            node.exchange.dumped(&dump, flows, next, now);
+            node.exchange.dumped(&dump, flows, next);
         }
         while let Some(work) = node.exchange.poll_step(|_| false) {
             assert_ne!(work.mark, 0);
@@ -134,7 +132,7 @@ impl World {
             );
             node.table.take_over(&work, |_| G, |_| node.owner);
             for change in std::mem::take(&mut node.table.news) {
-                node.exchange.push(change, Urgency::Normal, now);
+                node.exchange.push(change, Urgency::Normal);
             }
             node.exchange.done(work.peer, now);
         }
@@ -374,8 +372,7 @@ fn what_the_tables_do_not_tell_waits_for_no_other() {
     w.own(0, 1);
     w.run(100);
     let soon = |w: &mut World, n| {
-        let now = w.at();
-        w.nodes[0].exchange.push(Change::Known(record(n, 1)), Urgency::Soon, now);
+        w.nodes[0].exchange.push(Change::Known(record(n, 1)), Urgency::Soon);
         w.settle(0);
     };
     let leaves = |w: &World| w.nodes[0].exchange.next_deadline().map(|at| at.since(w.at()));

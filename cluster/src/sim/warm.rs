@@ -173,7 +173,7 @@ impl Machine {
             let (Change::Known(Record { name, .. }) | Change::Gone(name)) = &change;
             if owns(group_of(name)) {
                 let urgency = if name.client.port() % 2 == 0 { Urgency::Soon } else { Urgency::Normal };
-                warm.exchange.push(change, urgency, now);
+                warm.exchange.push(change, urgency);
             }
         }
         warm.exchange.set_installed(installed);
@@ -183,7 +183,7 @@ impl Machine {
                 .filter(|r| dump.groups.contains(&group_of(&r.name)))
                 .map(|r| Change::Known(*r))
                 .collect();
-            warm.exchange.dumped(&dump, piece, next, now);
+            warm.exchange.dumped(&dump, piece, next);
         }
         let blocked = |theirs: &[Owned]| {
             theirs.iter().any(|t| owned.iter().any(|o| o.group == t.group && o.epoch < t.epoch))

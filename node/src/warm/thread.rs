@@ -111,7 +111,7 @@ impl Worker {
         self.take_news(lane, now);
         self.exchange.set_installed(self.path.installed_index());
         self.requests(now);
-        more |= self.dump(lane, now);
+        more |= self.dump(lane);
         more |= self.work(lane, now);
         self.exchange.handle_timeout(now);
         self.transmit(now);
@@ -215,7 +215,7 @@ impl Worker {
             let group = self.groups.get(&name_of(&change).service.0);
             // Of other groups only what this node forgets by itself is told.
             if group.is_some_and(|group| self.owned.iter().any(|o| o.group == *group)) {
-                self.exchange.push(change, urgency, now);
+                self.exchange.push(change, urgency);
             }
         }
         if lost {
@@ -241,14 +241,14 @@ impl Worker {
     }
 
     /// Gives the exchange flows that it wants.
-    fn dump(&mut self, lane: &dyn FlowSharing, now: Instant) -> bool {
+    fn dump(&mut self, lane: &dyn FlowSharing) -> bool {
         for _ in 0..MAX_BATCH {
             let Some(dump) = self.exchange.wants_dump() else { return false };
             let groups: Arc<[u32]> = dump.groups.iter().map(|g| g.0).collect();
             // No answer: the lane is stuck, and is asked again after the next sleep.
             let Some((records, next)) = lane.shared(groups, dump.from) else { return false };
             let changes = records.iter().map(|record| change(&FlowNews::Known(*record)));
-            self.exchange.dumped(&dump, changes, next, now);
+            self.exchange.dumped(&dump, changes, next);
         }
         true
     }
