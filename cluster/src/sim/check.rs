@@ -36,18 +36,24 @@ impl Checker {
     pub fn leases(&mut self, machines: &BTreeMap<u64, Machine>, t: Time, split: bool) -> Result<(), String> {
         let groups: BTreeSet<GroupId> = machines.values().flat_map(|m| m.lane.keys().copied()).collect();
         for group in groups {
+            // What a leader granted whose clock has stood still.
+            let late_grants = machines.values().any(|m| m.is_excused(t) && m.led_when_halted);
+            let line = |epoch: u64| epoch / pair::first_epoch(1);
+            let is_old = |epoch: u64| {
+                self.epochs.get(&(group, line(epoch))).is_some_and(|(newest, _)| epoch < *newest)
+            };
             let holders: Vec<(NodeId, u64)> = machines
                 .values()
                 .filter(|m| !m.is_excused(t))
                 .filter_map(|m| Some((m.identity.id, m.answers(group, t)?)))
+                .filter(|(_, epoch)| !(late_grants && is_old(*epoch)))
                 .collect();
             let both_alone = split && holders.iter().all(|(node, _)| machines[&node.0].solo);
             if holders.len() > 1 && !both_alone {
                 return Err(format!("group {} is answered for by {holders:?}", group.0));
             }
             for (node, epoch) in holders {
-                let line = epoch / pair::first_epoch(1);
-                let highest = self.epochs.entry((group, line)).or_insert((epoch, node));
+                let highest = self.epochs.entry((group, line(epoch))).or_insert((epoch, node));
                 if epoch < highest.0 || (epoch == highest.0 && node != highest.1) {
                     return Err(format!(
                         "group {}: node {} under epoch {epoch} after node {} under {}",

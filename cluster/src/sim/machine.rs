@@ -56,6 +56,8 @@ pub struct Machine {
     pub wall_offset_ms: i64,
     /// The whole machine stands still since then, and its clock with it.
     pub halted_since: Option<Time>,
+    /// Whether it led when it stood still last.
+    pub led_when_halted: bool,
     /// When it went on after it had stood still.
     pub went_on_at: Option<Time>,
     /// Frozen until then: nothing is handled.
@@ -135,6 +137,7 @@ impl Machine {
             power: 0,
             wall_offset_ms: 0,
             halted_since: None,
+            led_when_halted: false,
             went_on_at: None,
             paused_until: 0,
             backlog: VecDeque::new(),
@@ -174,6 +177,7 @@ impl Machine {
     /// It stands still no more. Its clock goes on where it stood.
     pub fn go_on(&mut self, t: Time) {
         if self.halted_since.is_some() {
+            self.led_when_halted = self.process.as_ref().is_some_and(|p| p.core.is_leader());
             self.boot_offset = self.clock(t).0;
             self.booted_at = t;
             self.halted_since = None;
@@ -181,8 +185,8 @@ impl Machine {
         }
     }
 
-    /// Whether it may take itself for an owner although it isn't one any more: its clock has stood still, which no promise
-    /// allows for. For less than a lease after it went on.
+    /// Whether it may take itself for an owner, or for a leader that grants, although it isn't one any more: its clock has stood still,
+    /// which no promise allows for. For less than a lease after it went on.
     pub fn is_excused(&self, t: Time) -> bool {
         let lease = self.timing.longest_lease().as_nanos() as Time;
         self.went_on_at.is_some_and(|at| t < at + lease + lease / 50)
