@@ -47,8 +47,10 @@ const HEADERS: usize = 54;
 const FRAME: usize = 60;
 /// Frames for each call of the kernel: a tenth of a second of work and more, since it waits some milliseconds at the end of each.
 const BURST: u32 = 1 << 19;
-/// Frames of a burst that flows are warmed up with, and how many frames for each flow: 1 in 1000 is missed.
+/// Frames of a burst that flows are warmed up with, where user space must keep up and where the kernel does it all, and how many
+/// frames for each flow: 1 in 1000 is missed.
 const WARM_BURST: u32 = 1 << 10;
+const BURST_OF_KERNEL: u32 = 1 << 16;
 const WARM_UP: u32 = 7;
 /// Bursts before each further run.
 const WARM_AGAIN: u32 = 16;
@@ -123,6 +125,8 @@ pub struct Wire {
     programs: Ebpf,
     lane: Option<(SharedLane, Renewer)>,
     load: Load,
+    /// Frames of a burst while flows are new.
+    warm_burst: u32,
     opened: bool,
 }
 
@@ -192,7 +196,10 @@ impl Wire {
                 Some((lane, renewer))
             }
         };
-        Ok(Wire { lab, programs, lane, load, opened: false })
+        // Only there a flow's first packets go up to user space, one by one.
+        let goes_up = matches!(way, Way::Lane(_, Mode::Nat));
+        let warm_burst = if goes_up { WARM_BURST } else { BURST_OF_KERNEL };
+        Ok(Wire { lab, programs, lane, load, warm_burst, opened: false })
     }
 
     /// Sends for `time` and says how much came through each second: packets, or connections whose acknowledgement did.
@@ -244,8 +251,8 @@ impl Wire {
     /// So many frames, slowly enough for a lane that takes a flow's first packets up to user space.
     fn warm_up(&self, program: BorrowedFd<'_>, interface: u32, frames: u32) -> Result<()> {
         self.lab.host("gen").run(|| {
-            for _ in 0..frames.div_ceil(WARM_BURST) {
-                burst(program, interface, WARM_BURST)?;
+            for _ in 0..frames.div_ceil(self.warm_burst) {
+                burst(program, interface, self.warm_burst)?;
                 std::thread::sleep(Duration::from_millis(5));
             }
             Ok(())
