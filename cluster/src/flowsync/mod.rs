@@ -106,6 +106,17 @@ pub struct Record {
     pub progress: u8,
 }
 
+/// What names a flow of full NAT as its backend knows it: with fewer bytes than [`Name`], whose address is the client's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Binding {
+    /// Its service.
+    pub service: ServiceId,
+    /// Where it goes.
+    pub backend: BackendId,
+    /// SNAT address and port.
+    pub snat: SocketAddr,
+}
+
 /// How long a change may wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Urgency {
@@ -122,6 +133,31 @@ pub enum Change {
     Known(Record),
     /// It has ended or is forgotten.
     Gone(Name),
+    /// The same of a flow of full NAT.
+    Unbound(Binding),
+}
+
+impl Change {
+    /// The flow's service.
+    pub fn service(&self) -> ServiceId {
+        match self {
+            Change::Known(record) => record.name.service,
+            Change::Gone(name) => name.service,
+            Change::Unbound(binding) => binding.service,
+        }
+    }
+}
+
+impl Record {
+    /// Its other name, if it has one.
+    pub fn binding(&self) -> Option<Binding> {
+        self.snat.map(|snat| Binding { service: self.name.service, backend: self.backend, snat })
+    }
+
+    /// What is told of its end.
+    pub fn ended(&self) -> Change {
+        self.binding().map_or(Change::Gone(self.name), Change::Unbound)
+    }
 }
 
 /// A group that the sender forwards for, and under which epoch.

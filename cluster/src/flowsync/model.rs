@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use komainu_proto::domain::GroupId;
+use komainu_proto::domain::{GroupId, ServiceId};
 
-use super::{Change, Name, Record, Step, Work};
+use super::{Binding, Change, Name, Record, Step, Work};
 
 /// Places, and which flow stands where.
 #[derive(Debug, Default)]
@@ -12,13 +12,22 @@ pub struct Table {
     /// Each with the mark under which it was told last.
     places: Vec<Option<(Record, u32)>>,
     by_name: HashMap<Name, usize>,
+    by_binding: HashMap<Binding, Name>,
     /// What the process has not yet taken.
     pub news: Vec<Change>,
 }
 
 impl Table {
-    /// Remembers a flow, in the place of what it knew of it.
+    /// Remembers a flow, in the place of what it knew of it and of whatever has its binding.
     pub fn put(&mut self, record: Record, mark: u32) {
+        if let Some(before) = self.get(&record.name).and_then(Record::binding) {
+            self.by_binding.remove(&before);
+        }
+        if let Some(binding) = record.binding()
+            && let Some(other) = self.by_binding.insert(binding, record.name)
+        {
+            self.by_name.remove(&other).map(|place| self.places[place].take());
+        }
         let place = *self.by_name.entry(record.name).or_insert_with(|| {
             self.places.push(None);
             self.places.len() - 1
@@ -28,13 +37,21 @@ impl Table {
 
     /// Forgets a flow. Answers whether it knew it.
     pub fn remove(&mut self, name: &Name) -> bool {
-        let place = self.by_name.remove(name);
-        place.is_some_and(|place| self.places[place].take().is_some())
+        let Some((record, _)) = self.by_name.remove(name).and_then(|place| self.places[place].take()) else {
+            return false;
+        };
+        record.binding().map(|binding| self.by_binding.remove(&binding));
+        true
     }
 
     /// What it knows of a flow.
     pub fn get(&self, name: &Name) -> Option<&Record> {
         self.places[*self.by_name.get(name)?].as_ref().map(|(record, _)| record)
+    }
+
+    /// The flow that has a binding.
+    pub fn bound(&self, binding: &Binding) -> Option<Name> {
+        self.by_binding.get(binding).copied()
     }
 
     /// All of them.
@@ -54,36 +71,43 @@ impl Table {
     pub fn take_over(
         &mut self,
         work: &Work,
-        group_of: impl Fn(&Name) -> GroupId,
+        group_of: impl Fn(ServiceId) -> GroupId,
         owns: impl Fn(GroupId) -> bool,
     ) {
         for step in &work.steps {
             match step {
                 Step::Adopt(changes) => {
                     for change in changes {
-                        let (Change::Known(Record { name, .. }) | Change::Gone(name)) = change;
-                        let group = group_of(name);
+                        let group = group_of(change.service());
                         if work.stale.contains(&group) {
                             continue;
                         }
                         match change {
-                            Change::Known(record) if owns(group) => match self.get(name) {
+                            Change::Known(record) if owns(group) => match self.get(&record.name) {
                                 Some(known) if known == record => self.put(*record, work.mark),
                                 Some(_) => {}
+                                None if record
+                                    .binding()
+                                    .is_some_and(|b| self.by_binding.contains_key(&b)) => {}
                                 None => {
                                     self.put(*record, work.mark);
                                     self.news.push(*change);
                                 }
                             },
                             Change::Known(record) => self.put(*record, work.mark),
-                            Change::Gone(_) if owns(group) => {}
+                            Change::Gone(_) | Change::Unbound(_) if owns(group) => {}
                             Change::Gone(name) => _ = self.remove(name),
+                            Change::Unbound(binding) => {
+                                if let Some(name) = self.bound(binding) {
+                                    self.remove(&name);
+                                }
+                            }
                         }
                     }
                 }
                 Step::Sweep(groups) => {
                     let stale = self.places.iter().flatten().filter(|(record, mark)| {
-                        let group = group_of(&record.name);
+                        let group = group_of(record.name.service);
                         *mark != work.mark && groups.contains(&group) && !owns(group)
                     });
                     let stale: Vec<Name> = stale.map(|(record, _)| record.name).collect();

@@ -78,11 +78,12 @@ fn told_by(work: &Work) -> String {
         match step {
             Step::Adopt(changes) => {
                 for change in changes {
-                    let (sign, name) = match change {
-                        Change::Known(record) => ('+', record.name),
-                        Change::Gone(name) => ('-', *name),
+                    let (sign, port) = match change {
+                        Change::Known(record) => ("+", record.name.client.port()),
+                        Change::Gone(name) => ("-", name.client.port()),
+                        Change::Unbound(binding) => ("-snat ", binding.snat.port()),
                     };
-                    text += &format!(" {sign}{}/{}", name.service.0, name.client.port());
+                    text += &format!(" {sign}{}/{port}", change.service().0);
                 }
             }
             Step::Sweep(groups) => {
@@ -98,11 +99,11 @@ fn told_by(work: &Work) -> String {
 
 /// Flows of a group.
 fn of(table: &Table, group: GroupId) -> impl Iterator<Item = &Record> {
-    table.records().filter(move |r| group_of(&r.name) == group)
+    table.records().filter(move |r| group_of(r.name.service) == group)
 }
 
-fn group_of(name: &Name) -> GroupId {
-    GroupId(name.service.0)
+fn group_of(service: ServiceId) -> GroupId {
+    GroupId(service.0)
 }
 
 impl Warm {
@@ -170,9 +171,9 @@ impl Machine {
         let news = std::mem::take(&mut self.flows.news);
         warm.exchange.set_index(installed);
         for change in news {
-            let (Change::Known(Record { name, .. }) | Change::Gone(name)) = &change;
-            if owns(group_of(name)) {
-                let urgency = if name.client.port() % 2 == 0 { Urgency::Soon } else { Urgency::Normal };
+            if owns(group_of(change.service())) {
+                let soon = matches!(change, Change::Known(r) if r.name.client.port() % 2 == 0);
+                let urgency = if soon { Urgency::Soon } else { Urgency::Normal };
                 warm.exchange.push(change, urgency);
             }
         }
@@ -180,7 +181,7 @@ impl Machine {
         while let Some(dump) = warm.exchange.wants_dump() {
             let (piece, next) = self.flows.piece(dump.from, PIECE);
             let piece: Vec<_> = piece
-                .filter(|r| dump.groups.contains(&group_of(&r.name)))
+                .filter(|r| dump.groups.contains(&group_of(r.name.service)))
                 .map(|r| Change::Known(*r))
                 .collect();
             warm.exchange.dumped(&dump, piece, next);
@@ -244,19 +245,20 @@ impl World {
             let machine = self.machines.get_mut(&node).expect("a node of this world");
             let forwards = machine.lane.get(&group).is_some_and(|l| l.forward_until > machine.clock(t));
             if forwards && machine.halted_since.is_none() && machine.process.is_some() {
-                let there: Vec<Name> = of(&machine.flows, group).map(|r| r.name).collect();
+                let there: Vec<Record> = of(&machine.flows, group).copied().collect();
                 if there.len() >= MOST || (!there.is_empty() && flows.random.below(3) == 0) {
-                    let name = there[flows.random.below(there.len() as u64) as usize];
-                    machine.flows.remove(&name);
-                    machine.flows.news.push(Change::Gone(name));
-                    flows.told.values_mut().for_each(|told| _ = told.remove(&name));
+                    let record = there[flows.random.below(there.len() as u64) as usize];
+                    machine.flows.remove(&record.name);
+                    machine.flows.news.push(record.ended());
+                    flows.told.values_mut().for_each(|told| _ = told.remove(&record.name));
                 } else {
                     flows.made += 1;
                     let client = SocketAddr::from(([10, 9, (flows.made >> 16) as u8, 1], flows.made as u16));
+                    let snat = SocketAddr::from(([10, 8, (flows.made >> 16) as u8, 1], flows.made as u16));
                     let record = Record {
                         name: Name { service: ServiceId(group.0), client },
                         backend: BackendId(flows.random.below(5) as u32),
-                        snat: None,
+                        snat: (flows.made % 3 > 0).then_some(snat),
                         progress: 2,
                     };
                     flows.known.insert((record.name, record.backend));
@@ -347,7 +349,7 @@ impl World {
                 if !newest || other.lane.get(&owned.group).is_some_and(|l| l.forward_until > clock) {
                     continue;
                 }
-                told.retain(|name, _| group_of(name) != owned.group);
+                told.retain(|name, _| group_of(name.service) != owned.group);
                 for record in of(&machine.flows, owned.group) {
                     if other.flows.get(&record.name) != Some(record) {
                         return Err(format!(
@@ -373,7 +375,7 @@ impl World {
         }
         let Some(warm) = machine.process.as_ref().and_then(|p| p.warm.as_ref()) else { return Ok(()) };
         let told = flows.told.get(&(machine.identity.id, warm.session));
-        let told = told.into_iter().flatten().filter(|(name, _)| group_of(name) == group);
+        let told = told.into_iter().flatten().filter(|(name, _)| group_of(name.service) == group);
         let mut count = 0;
         for (name, record) in told {
             if machine.flows.get(name) != Some(record) {
@@ -392,7 +394,7 @@ impl World {
         }
         flows.taken_by.insert(group, (epoch, machine.identity.id));
         // From now on others have what this one tells them.
-        flows.told.values_mut().for_each(|told| told.retain(|name, _| group_of(name) != group));
+        flows.told.values_mut().for_each(|told| told.retain(|name, _| group_of(name.service) != group));
         if count > 0 {
             flows.taken_over.0 += 1;
             flows.taken_over.1 += count;

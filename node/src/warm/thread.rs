@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use komainu_cluster::api::DataPath;
 use komainu_cluster::flowsync::{
-    Change, Data, Exchange, GATHER, GATHER_SOON, Moment, Name, Owned, Record, Report, Step, Urgency, Work,
-    data_context, report_context,
+    Binding, Change, Data, Exchange, GATHER, GATHER_SOON, Moment, Name, Owned, Record, Report, Step, Urgency,
+    Work, data_context, report_context,
 };
 use komainu_cluster::seal::{Kind, ReplayGuard, Sealer};
 use komainu_cluster::shell::View;
 use komainu_cluster::time::Instant;
-use komainu_packet::engine::{FlowName, FlowNews, FlowRecord};
+use komainu_packet::engine::{FlowBinding, FlowName, FlowNews, FlowRecord};
 use komainu_packet::lane::{Awaited, FlowSharing, MAX_ADOPTED};
 use komainu_packet::time::BootTime;
 use komainu_proto::domain::{BackendId, GroupId, NodeId, Role, ServiceId};
@@ -206,13 +206,13 @@ impl Worker {
         for news in &self.news {
             let urgency = match news {
                 FlowNews::Exception(_) => Urgency::Soon,
-                FlowNews::Known(_) | FlowNews::Gone(_) => Urgency::Normal,
+                FlowNews::Known(_) | FlowNews::Gone(_) | FlowNews::Unbound(_) => Urgency::Normal,
             };
             if urgency == Urgency::Soon {
                 self.exception_at = Some(now);
             }
             let change = change(news);
-            let group = self.groups.get(&name_of(&change).service.0);
+            let group = self.groups.get(&news.service());
             // Of other groups only what this node forgets by itself is told.
             if group.is_some_and(|group| self.owned.iter().any(|o| o.group == *group)) {
                 self.exchange.push(change, urgency);
@@ -276,7 +276,7 @@ impl Worker {
             match step {
                 Step::Adopt(changes) => {
                     let stale = |change: &Change| {
-                        let group = self.groups.get(&name_of(change).service.0);
+                        let group = self.groups.get(&change.service().0);
                         group.is_some_and(|group| work.stale.contains(group))
                     };
                     for some in changes.chunks(MAX_ADOPTED) {
@@ -356,13 +356,6 @@ fn now() -> Instant {
     Instant(BootTime::now().0)
 }
 
-fn name_of(change: &Change) -> &Name {
-    match change {
-        Change::Known(record) => &record.name,
-        Change::Gone(name) => name,
-    }
-}
-
 /// The data path's words in the cluster's.
 fn change(news: &FlowNews) -> Change {
     let name = |n: &FlowName| Name { service: ServiceId(n.service), client: n.client };
@@ -374,6 +367,11 @@ fn change(news: &FlowNews) -> Change {
             progress: r.progress,
         }),
         FlowNews::Gone(n) => Change::Gone(name(n)),
+        FlowNews::Unbound(b) => Change::Unbound(Binding {
+            service: ServiceId(b.service),
+            backend: BackendId(b.backend),
+            snat: b.snat,
+        }),
     }
 }
 
@@ -388,5 +386,8 @@ fn news(change: &Change) -> FlowNews {
             progress: r.progress,
         }),
         Change::Gone(n) => FlowNews::Gone(name(n)),
+        Change::Unbound(b) => {
+            FlowNews::Unbound(FlowBinding { service: b.service.0, backend: b.backend.0, snat: b.snat })
+        }
     }
 }

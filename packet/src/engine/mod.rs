@@ -37,7 +37,7 @@ pub use self::counters::Event;
 pub use self::frame::{Fence, FrameMut, Gso, Offload, Permission, Port, PortConfig, Verdict};
 pub use self::kept::Kept;
 pub use self::nat::{SNAT_PORT_MAX, SNAT_PORT_MIN, SNAT_PORT_UPPER};
-pub use self::share::{Adopted, FlowName, FlowNews, FlowOutbox, FlowRecord, SHARE_BUDGET};
+pub use self::share::{Adopted, FlowBinding, FlowName, FlowNews, FlowOutbox, FlowRecord, SHARE_BUDGET};
 
 use self::core::{Core, Cx};
 use crate::drops::Reason;

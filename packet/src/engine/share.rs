@@ -5,7 +5,7 @@
 //! forgotten). Taken-over flows wait in the table like any other, so that a node that becomes the owner has nothing to do;
 //! while another node owns the group they don't age, because their packets pass there and it says when they are gone.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::flow::{BackendSide, ClientSide, Flow, FlowId, NewFlow, Touched};
 use crate::plan::Mode;
@@ -25,6 +25,17 @@ pub struct FlowName {
     pub service: u32,
     /// Client's address and port.
     pub client: SocketAddr,
+}
+
+/// What names a flow of full NAT as its backend knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowBinding {
+    /// Service id.
+    pub service: u32,
+    /// Backend id.
+    pub backend: u32,
+    /// SNAT address and port.
+    pub snat: SocketAddr,
 }
 
 /// A remembered flow in terms that every node with the same plan understands.
@@ -50,6 +61,19 @@ pub enum FlowNews {
     Exception(FlowRecord),
     /// It has ended or is forgotten.
     Gone(FlowName),
+    /// The same of a flow of full NAT whose backend is in the plan: on its way to another node this takes fewer bytes.
+    Unbound(FlowBinding),
+}
+
+impl FlowNews {
+    /// Id of the flow's service.
+    pub fn service(&self) -> u32 {
+        match self {
+            FlowNews::Known(record) | FlowNews::Exception(record) => record.name.service,
+            FlowNews::Gone(name) => name.service,
+            FlowNews::Unbound(binding) => binding.service,
+        }
+    }
 }
 
 /// Where the engine tells news of flows; all calls from the engine's thread. Must not wait.
@@ -90,7 +114,7 @@ impl Core {
         if touched.assures() {
             outbox.tell(known(&self.states, flow));
         } else if flow.is_told() {
-            outbox.tell(FlowNews::Gone(name(&self.states, flow)));
+            outbox.tell(ended(&self.states, flow));
         }
         self.flows.set_told(id, touched.assures());
     }
@@ -110,7 +134,7 @@ impl Core {
         if let Some(outbox) = &mut self.outbox
             && flow.is_told()
         {
-            outbox.tell(FlowNews::Gone(name(&self.states, flow)));
+            outbox.tell(ended(&self.states, flow));
         }
     }
 }
@@ -140,6 +164,7 @@ impl Engine {
             let adoption = match news {
                 FlowNews::Known(record) | FlowNews::Exception(record) => self.adopt_one(record, mark, now),
                 FlowNews::Gone(name) => self.give_up(name, now),
+                FlowNews::Unbound(binding) => self.unbind(binding, now),
             };
             match adoption {
                 Adoption::Taken => adopted.taken += 1,
@@ -260,10 +285,7 @@ impl Engine {
     }
 
     fn give_up(&mut self, name: &FlowName, now: BootTime) -> Adoption {
-        let Some(index) = self.tables.index_of(name.service) else { return Adoption::Refused };
-        if self.may_forward(self.tables.services()[usize::from(index)].group, now) {
-            return Adoption::Refused;
-        }
+        let Some(index) = self.told_of(name.service, now) else { return Adoption::Refused };
         let key = ClientSide {
             service: self.core.states.number(index),
             client: name.client.ip(),
@@ -273,6 +295,36 @@ impl Engine {
             self.drop_adopted(id);
         }
         Adoption::Taken
+    }
+
+    fn unbind(&mut self, binding: &FlowBinding, now: BootTime) -> Adoption {
+        let Some(index) = self.told_of(binding.service, now) else { return Adoption::Refused };
+        let service = &self.tables.services()[usize::from(index)];
+        let bound = |backend: IpAddr, backend_port: u16| BackendSide {
+            protocol: service.protocol.number(),
+            backend,
+            backend_port,
+            snat: binding.snat.ip(),
+            snat_port: binding.snat.port(),
+        };
+        let core = &self.core;
+        let in_force = service.backends.iter().find(|b| b.id == binding.backend);
+        let id = in_force.and_then(|b| core.flows.find_answered(&bound(b.address, b.port))).or_else(|| {
+            // This node's plan may be newer than the one of whom it is told by: the backend has left it, or moved.
+            let earlier = core.states.backends_called(core.states.number(index), binding.backend);
+            earlier.filter_map(|(address, port)| core.flows.find_answered(&bound(address, port))).next()
+        });
+        if let Some(id) = id {
+            self.drop_adopted(id);
+        }
+        Adoption::Taken
+    }
+
+    /// Place in the tables of a service of whose flows another node may tell.
+    fn told_of(&self, service: u32, now: BootTime) -> Option<u16> {
+        let index = self.tables.index_of(service)?;
+        let group = self.tables.services()[usize::from(index)].group;
+        (!self.may_forward(group, now)).then_some(index)
     }
 
     /// Forgets a flow that is another node's to tell of.
@@ -293,6 +345,17 @@ fn name(states: &States, flow: &Flow) -> FlowName {
     FlowName {
         service: states.service_id(flow.service()),
         client: SocketAddr::new(client.client, client.client_port),
+    }
+}
+
+fn ended(states: &States, flow: &Flow) -> FlowNews {
+    match flow.backend_side() {
+        Some(bound) if states.backend(flow.backend).index.is_some() => FlowNews::Unbound(FlowBinding {
+            service: states.service_id(flow.service()),
+            backend: states.backend_id(flow.backend),
+            snat: SocketAddr::new(bound.snat, bound.snat_port),
+        }),
+        _ => FlowNews::Gone(name(states, flow)),
     }
 }
 

@@ -134,6 +134,16 @@ impl States {
         (of == service).then_some((address, port, state.index.is_some()))
     }
 
+    /// Addresses and ports that the backend of that id of the service whose state has that number has had and flows still go to.
+    /// Looks at all backends.
+    pub(crate) fn backends_called(&self, service: u32, id: u32) -> impl Iterator<Item = (IpAddr, u16)> {
+        let of_it = self
+            .backends
+            .iter()
+            .filter(move |b| b.flows > 0 && (b.identity.0, b.identity.1) == (service, id));
+        of_it.map(|b| (b.identity.2, b.identity.3))
+    }
+
     /// A flow is remembered.
     pub(crate) fn remembered(&mut self, flow: &Flow) {
         self.services[flow.service() as usize].remembered += 1;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::engine::nat::MAX_HALF_OPEN;
-use crate::engine::{FlowCache, FlowName, FlowNews, Kept, Port, Reservation, SNAT_PORT_UPPER, Verdict};
+use crate::engine::{FlowBinding, FlowCache, FlowNews, Kept, Port, Reservation, SNAT_PORT_UPPER, Verdict};
 use crate::flow::{BackendSide, ClientSide, Direction, Flow, Segment, two_way_step};
 use crate::lane::FlowFilter;
 use crate::plan::*;
@@ -163,8 +163,8 @@ fn a_flow_that_the_program_makes_is_followed_told_and_forgotten_like_any_other()
     assert_eq!(seen.src, SocketAddr::new(snat(false), 2000));
     let closed = step(&established, Segment::Rst, ToBackend);
     bed.learn(&closed);
-    let flow = FlowName { service: SERVICE, client: (client(false).ip(), 4000).into() };
-    assert_eq!(bed.outbox.take(), [FlowNews::Gone(flow)]);
+    let flow = FlowBinding { service: SERVICE, backend: 1, snat: (snat(false), 2000).into() };
+    assert_eq!(bed.outbox.take(), [FlowNews::Unbound(flow)]);
     assert_eq!(bed.world.counters().backends[0].active, 0, "it has ended");
     bed.world.pass(6);
     assert!(bed.states().is_empty() && bed.program.0.lock().unwrap().bound.is_empty());

@@ -1,12 +1,12 @@
 //! Flows that are shared: what the owner tells, and what a standby makes of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::engine::{Adopted, FlowName, FlowNews, Port, SHARE_BUDGET};
+use crate::engine::{Adopted, FlowBinding, FlowNews, Port, SHARE_BUDGET};
 use crate::lane::FlowFilter;
 use crate::plan::*;
 
@@ -137,25 +137,62 @@ fn the_end_of_a_flow_is_told_once() {
     assert_eq!(outbox.take(), [], "half of it may go on");
     answer(&mut owner, backend, snat, FIN_ACK);
     let news = outbox.take();
-    let name = FlowName { service: SERVICE, client: client_at(4000) };
-    assert_eq!(news, [FlowNews::Gone(name)]);
+    let binding = FlowBinding { service: SERVICE, backend: 1, snat };
+    assert_eq!(news, [FlowNews::Unbound(binding)]);
     owner.pass(60);
     assert_eq!(outbox.take(), []);
     standby.engine.adopt(&news, 1, standby.now);
     assert_eq!(standby.counters().flows, 0);
 }
 
-fn client_at(port: u16) -> SocketAddr {
-    SocketAddr::new(client(false).ip(), port)
+/// An end names its flow as the backend knows it, which one of the nodes may know no more, or elsewhere.
+#[test]
+fn an_end_is_understood_by_another_plan() {
+    let before = service(Mode::Nat, false, Protocol::Tcp, 2);
+    let mut moved = before.clone();
+    moved.backends.iter_mut().for_each(|b| b.port += 1);
+    let mut left = before.clone();
+    left.backends.truncate(1);
+    for after in [moved, left] {
+        for owner_first in [false, true] {
+            let (mut owner, outbox, mut standby) = pair(vec![before.clone()]);
+            let ports = 4000..4020;
+            ports.clone().for_each(|port| _ = open(&mut owner, port, Mode::Nat));
+            standby.engine.adopt(&outbox.take(), 1, standby.now);
+            assert_eq!(standby.counters().flows, 20);
+            let newer = if owner_first { &mut owner } else { &mut standby };
+            newer.engine.install(Plan { revision: 2, ..plan(vec![after.clone()]) }, newer.now).unwrap();
+            for port in ports {
+                owner.send(&request_from(Protocol::Tcp, false, port).flags(RST).build());
+            }
+            owner.pass(3600);
+            let ends = outbox.take();
+            assert!(ends.iter().any(|news| matches!(news, FlowNews::Unbound(_))) || owner_first);
+            assert_eq!(owner.counters().flows, 0);
+            standby.engine.adopt(&ends, 1, standby.now);
+            assert_eq!(standby.counters().flows, 0, "{owner_first} {:?}", after.backends);
+        }
+    }
 }
 
 #[test]
 fn a_flow_that_idles_out_is_told_as_gone() {
     let (mut owner, outbox, _) = pair(vec![service(Mode::Nat, false, Protocol::Tcp, 1)]);
-    open(&mut owner, 4000, Mode::Nat);
+    let (_, snat) = open(&mut owner, 4000, Mode::Nat);
     outbox.take();
     owner.pass(1800);
-    assert_eq!(outbox.take(), [FlowNews::Gone(FlowName { service: SERVICE, client: client_at(4000) })]);
+    assert_eq!(outbox.take(), [FlowNews::Unbound(FlowBinding { service: SERVICE, backend: 1, snat })]);
+
+    let (mut owner, outbox, _) = pair(vec![in_transition(Mode::Dsr)]);
+    (4000..4100).for_each(|port| _ = open(&mut owner, port, Mode::Dsr));
+    let told = outbox.take().into_iter().map(|news| match news {
+        FlowNews::Exception(record) => record.name,
+        other => panic!("{other:?}"),
+    });
+    let told: HashSet<_> = told.collect();
+    owner.pass(1800);
+    let gone: HashSet<_> = outbox.take().into_iter().collect();
+    assert_eq!(gone, told.into_iter().map(FlowNews::Gone).collect());
 }
 
 /// Packets of a flow pass at its owner: a standby that let it age would forget it in the middle.
@@ -217,7 +254,7 @@ fn an_owner_takes_what_it_lacks_and_keeps_what_it_knows() {
         .iter()
         .map(|news| match news {
             FlowNews::Known(record) | FlowNews::Exception(record) => FlowNews::Gone(record.name),
-            gone @ FlowNews::Gone(_) => *gone,
+            gone => *gone,
         })
         .collect();
     assert_eq!(standby.engine.adopt(&gone, 1, standby.now).taken, 0);
