@@ -244,7 +244,7 @@ fn record(n: u16, backend: u32) -> Record {
     Record {
         name: name(n),
         backend: BackendId(backend),
-        snat: (n % 4 > 0).then(|| ([192, 0, 2, 101], 2000 + n).into()),
+        snat: (!n.is_multiple_of(4)).then(|| ([192, 0, 2, 101], 2000 + n).into()),
         progress: 0x61,
     }
 }
