@@ -85,9 +85,11 @@ impl Pulse {
             line: self.lines.own,
             met: self.lines.answer_to(to),
         };
-        let (_, kept) = beat.encode();
-        beat.observations.truncate(kept);
-        peer.rotation = peer.rotation.wrapping_add(kept);
+        if !beat.observations.is_empty() {
+            let (_, kept) = beat.encode();
+            beat.observations.truncate(kept);
+            peer.rotation = peer.rotation.wrapping_add(kept);
+        }
         Output::Send { to, address: peer.address, beat: Box::new(beat) }
     }
 

@@ -17,6 +17,8 @@ const HEALS_WITHIN: Time = 6_000 * MS;
 const PAIR_HEALS_WITHIN: Time = 12_000 * MS;
 /// How long the standbys may then lack flows: a peer is asked again each second, and its silence noticed after 3.5 s.
 const FLOWS_AGREE_WITHIN: Time = 6_000 * MS;
+/// One run of so many sends its beats as bytes; in the others it makes no difference (there is a test of that).
+const BYTES_IN: u64 = 8;
 /// Machines of one run, those that join included.
 const MAX_MACHINES: u64 = 7;
 
@@ -76,6 +78,7 @@ pub fn play(plan: &Plan, verbose: bool) -> (World, Result<(), Violation>) {
 pub(super) fn world(plan: &Plan, verbose: bool) -> World {
     let mut w = World::new(plan.world, &plan.roles, plan.profile.timing());
     w.verbose = verbose;
+    w.beats_as_bytes = verbose || plan.seed.is_multiple_of(BYTES_IN);
     if let Some(policy) = plan.pair {
         w.make_pair(policy);
     }

@@ -1,5 +1,8 @@
 //! What nodes want done: leases in lanes, writes to disk, messages through a network that loses, delays and repeats them.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use komainu_proto::domain::{NodeId, Role};
 use raft::eraftpb::Message;
 
@@ -52,8 +55,12 @@ impl World {
                 Ok(())
             }
             pulse::Output::Send { to, beat, .. } => {
-                let (bytes, _) = beat.encode();
-                self.datagram(node, to.0, Arrival::Beat(address(node), bytes));
+                let source = address(node);
+                let arrival = match self.beats_as_bytes {
+                    true => Arrival::Beat(source, beat.encode().0),
+                    false => Arrival::ReadBeat(source, Arc::new(as_read(*beat))),
+                };
+                self.datagram(node, to.0, arrival);
                 Ok(())
             }
             pulse::Output::Will(will) => {
@@ -193,4 +200,12 @@ impl World {
         let longest = if self.random.ppm(w.late_ppm) { w.late } else { w.delay };
         self.random.between(longest / 5, longest)
     }
+}
+
+/// A beat as it is after it was written as bytes and read again, which takes longer.
+fn as_read(mut beat: pulse::Beat) -> pulse::Beat {
+    for (_, left) in &mut beat.held {
+        *left = Duration::from_millis(left.as_millis() as u64);
+    }
+    beat
 }

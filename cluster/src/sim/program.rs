@@ -288,6 +288,21 @@ mod tests {
         }
     }
 
+    /// A program that plays very many runs spares most of them the writing and reading of beats.
+    #[test]
+    fn a_run_is_the_same_whether_beats_are_bytes_or_not() {
+        for seed in (1..=40).chain(PAIRS_FROM..PAIRS_FROM + 20) {
+            let told = |as_bytes| {
+                let plan = Plan::draw(seed);
+                let mut w = faults::world(&plan, true);
+                w.beats_as_bytes = as_bytes;
+                let result = faults::play_in(&mut w, &plan);
+                (w.transcript, result)
+            };
+            assert_eq!(told(true), told(false), "seed {seed}");
+        }
+    }
+
     #[test]
     fn a_failure_is_shortened_to_what_it_needs() {
         // A rule whose breach shows in fair weather, too: what needs a lucky datagram needs all the steps that lead up to it.
