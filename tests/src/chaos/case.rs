@@ -9,7 +9,7 @@ use super::shape::Shape;
 pub enum Case {
     /// The owner's process is killed.
     KillOwner,
-    /// The owner is killed while its services are in transition.
+    /// The owner is killed while its services are in transition: a backend was drained and another one added.
     KillOwnerInTransition,
     /// The leader's process is killed while another node is the owner.
     KillLeader,
@@ -74,7 +74,7 @@ pub struct Bounds {
     pub gap_max: Option<Duration>,
     /// Median of the datagrams lost.
     pub lost_median: Option<u64>,
-    /// Whether no established connection may break, in the modes that need no state of the standby.
+    /// Whether no established connection may break.
     pub connections_live: bool,
 }
 
@@ -153,7 +153,7 @@ impl Case {
         match self {
             Case::KillOwner => "the owner's process is killed (SIGKILL); started again after 0.6 s",
             Case::KillOwnerInTransition => {
-                "the same, just after a backend was drained; connections were made before that and since"
+                "the same, just after a backend was drained and another one added; half of the connections were made before that, half since"
             }
             Case::KillLeader => {
                 "right after a switchover, so that leader and owner are two nodes, the leader is killed; started again after 0.6 s"
@@ -257,6 +257,11 @@ impl Case {
                 | Case::ClockBack
         );
         shape == Shape::Three || !of_three
+    }
+
+    /// Whether backends come and go in it, so that each round begins with the backends of the first.
+    pub fn changes_backends(self) -> bool {
+        self == Case::KillOwnerInTransition
     }
 
     /// Whether it shows the difference between the two policies of a pair.

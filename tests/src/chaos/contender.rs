@@ -98,6 +98,11 @@ pub trait Contender {
     /// Komainu's document; with a further service, `extra`, on `port` when given.
     fn document(&self, port: Option<u16>) -> Option<Document>;
 
+    /// Backends that the document does not have but could have: `SERVICE/NAME` and their addresses.
+    fn spares(&self) -> Vec<(String, SocketAddr)> {
+        Vec::new()
+    }
+
     /// The end of every node's log.
     fn last_words(&self) -> String;
 }

@@ -1,11 +1,12 @@
 //! A cluster of the real binary.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use komainu_lab::Lab;
+use komainu_lab::cluster::document::Service;
 use komainu_lab::cluster::{Cluster, Document, SOON, Status};
 use komainu_lab::standard::{self, BACKEND_HTTP, ECHO};
 use komainu_lab::topology::{SERVICE, Standard, addr};
@@ -28,6 +29,8 @@ const TCP_IDLE: &str = "tcp_idle_ms = 8000";
 /// Services are settled within this time after a change. A standby does not know yet the flows that a service in transition
 /// remembers, so connections are measured on settled ones.
 const SETTLED: Duration = Duration::from_secs(12);
+/// Backends of each service; one more stands beside them, for cases that add one.
+const BACKENDS: u8 = 3;
 /// Room of a data directory that will be filled.
 const SMALL_DISK: &str = "size=48m";
 /// Whatever is to be noticed of a fault, at either timing, is by then.
@@ -72,9 +75,13 @@ impl Komainu {
     /// # Errors
     /// Whatever keeps it from coming about.
     pub fn start(setup: &Setup) -> Result<Komainu> {
-        let inside_backends = if setup.modes.iter().any(|m| m == "nat-transparent") { 3 } else { 0 };
+        let inside_backends =
+            if setup.modes.iter().any(|m| m == "nat-transparent") { BACKENDS + 1 } else { 0 };
         let witness = setup.shape == Shape::Three;
-        let lab = Lab::build(&Standard { inside_backends, witness, ..Standard::default() }.topology())?;
+        let lab = Lab::build(
+            &Standard { service_backends: BACKENDS + 1, inside_backends, witness, ..Standard::default() }
+                .topology(),
+        )?;
         quicken(&lab)?;
         let servers = standard::servers(&lab)?;
         let arbiter = lab.host("client").v4(SERVICE);
@@ -107,6 +114,15 @@ impl Komainu {
     }
 
     fn text(&self, port: Option<u16>) -> Document {
+        let mut document = self.full(port);
+        for service in document.services_mut() {
+            service.backends.retain(|(name, _)| !is_spare(name));
+        }
+        document
+    }
+
+    /// The document with every backend that there is.
+    fn full(&self, port: Option<u16>) -> Document {
         let health = if self.checks { HEALTH } else { "type = \"none\"\n" };
         document(&self.cluster.lab, &self.modes, health, port)
     }
@@ -132,6 +148,11 @@ fn document(lab: &Lab, modes: &[String], health: &str, port: Option<u16>) -> Doc
         document = document.service(service);
     }
     document
+}
+
+/// Whether a backend is the last of its kind: `be4`, `bi4`.
+fn is_spare(name: &str) -> bool {
+    name.ends_with(&(BACKENDS + 1).to_string())
 }
 
 fn static_mode(mode: &str) -> &'static str {
@@ -258,6 +279,14 @@ impl Contender for Komainu {
 
     fn document(&self, port: Option<u16>) -> Option<Document> {
         Some(self.text(port))
+    }
+
+    fn spares(&self) -> Vec<(String, SocketAddr)> {
+        let of = |s: &Service| {
+            let (name, at) = s.backends.iter().find(|(name, _)| is_spare(name))?;
+            Some((format!("{}/{name}", s.name), *at))
+        };
+        self.full(None).services().iter().filter_map(of).collect()
     }
 
     fn last_words(&self) -> String {

@@ -150,23 +150,27 @@ impl Scene<'_> {
         self.side.boot(node)
     }
 
-    /// Half of the connections are made before a backend is drained, half after it.
+    /// Half of the connections are made before a backend of each service is drained and another one added, half after it.
     fn kill_in_transition(&mut self, node: &str) -> Result<()> {
         let through = self.through();
+        let spares = self.side.spares();
         let cluster = ours(self.side)?;
-        let services: Vec<String> =
-            cluster.status(&through)?.services.iter().map(|s| format!("{}/be1", s.name)).collect();
-        for backend in &services {
+        let drained: Vec<String> = cluster
+            .status(&through)?
+            .services
+            .iter()
+            .filter_map(|s| Some(format!("{}/{}", s.name, s.backends.first()?.name)))
+            .collect();
+        for backend in &drained {
             cluster.cli_ok(&through, &["backend", "drain", backend])?;
         }
-        cluster.wait_status(node, "the drain", SOON, |s| !s.settled())?;
-        self.refill()?;
-        let result = self.kill_and_boot(node);
-        let cluster = ours(self.side)?;
-        for backend in &services {
-            cluster.cli_ok(&through, &["backend", "enable", backend])?;
+        for (backend, at) in &spares {
+            cluster.cli_ok(&through, &["backend", "add", backend, &at.to_string()])?;
         }
-        result
+        cluster.wait_all_up(SOON)?;
+        cluster.wait_status(node, "drain and addition", SOON, |s| !s.settled())?;
+        self.refill()?;
+        self.kill_and_boot(node)
     }
 
     /// Closes every second one of the connections and opens others in their place.

@@ -80,9 +80,7 @@ pub struct Entry {
     pub gap_ms: Distribution,
     /// First gap after the fault, by round.
     pub first_gap_ms: Option<Distribution>,
-    /// Datagrams lost, all rounds together.
-    pub lost: u64,
-    /// The same by round.
+    /// Datagrams lost, by round.
     pub lost_per_round: Distribution,
     /// Longest time without a new TCP connection, by round.
     pub tcp_gap_ms: Distribution,
@@ -155,7 +153,6 @@ impl Entry {
             rounds: rounds.len(),
             gap_ms: Distribution::of(rounds.iter().map(|r| r.gap_ms)),
             first_gap_ms: Some(Distribution::of(rounds.iter().map(|r| r.first_gap_ms))),
-            lost: rounds.iter().map(|r| r.lost).sum(),
             lost_per_round: Distribution::of(rounds.iter().map(|r| r.lost)),
             tcp_gap_ms: Distribution::of(rounds.iter().map(|r| r.tcp_gap_ms)),
             tcp_begun: rounds.iter().map(|r| r.tcp_begun).sum(),
@@ -191,8 +188,7 @@ impl Entry {
             _ => {}
         }
         for mode in &self.by_mode {
-            // Flows of `nat` are state that the standby does not have; few of them can't be derived.
-            if bounds.connections_live && mode.mode != "nat" && mode.broken > 0 {
+            if bounds.connections_live && mode.broken > 0 {
                 self.wrong.push(format!(
                     "{} of {} connections in mode {} broke",
                     mode.broken, mode.established, mode.mode
@@ -230,8 +226,10 @@ impl Entry {
 
     /// Whether it is about this case and this subject.
     pub fn is_of(&self, case: Case, subject: &Subject) -> bool {
+        // `auto` is measured where the lane that it chooses is.
+        let names = [self.lane_in_force.as_deref().filter(|_| self.peer.is_none()), Some(self.subject())];
         self.case == case.name()
-            && self.subject() == subject.name
+            && names.contains(&Some(&subject.name))
             && self.shape() == subject.shape
             && self.profile.as_ref().is_none_or(|p| *p == subject.profile)
             && self.node_extra == subject.node_extra
@@ -246,7 +244,7 @@ impl Entry {
     /// One line for whoever watches.
     pub fn line(&self) -> String {
         format!(
-            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms, the first {:?} | lost {} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
+            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms, the first {:?} | lost {}/{}/{} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
             self.case,
             self.subject(),
             self.cluster.as_deref().unwrap_or_default(),
@@ -257,7 +255,9 @@ impl Entry {
             self.gap_ms.p95,
             self.gap_ms.max,
             self.first_gap_ms.map(|d| (d.median, d.p95, d.max)).unwrap_or_default(),
-            self.lost,
+            self.lost_per_round.median,
+            self.lost_per_round.p95,
+            self.lost_per_round.max,
             self.tcp_gap_ms.median,
             self.tcp_gap_ms.p95,
             self.tcp_gap_ms.max,

@@ -170,6 +170,11 @@ impl Measure {
             (clock - before).as_millis() as u64
         };
         let owner = side.settle().context("before the fault")?;
+        if case.changes_backends() {
+            // What they were to in the round before may be gone.
+            self.crowds.iter().for_each(|(_, crowd)| crowd.close_all());
+            side.renew()?;
+        }
         side.calm(&owner);
         let addresses = side.addresses();
         let vip = addresses[0];

@@ -55,6 +55,16 @@ pub fn quick_check(port: u16) -> String {
 }
 
 impl Document {
+    /// Its services.
+    pub fn services(&self) -> &[Service] {
+        &self.services
+    }
+
+    /// The same, to be changed.
+    pub fn services_mut(&mut self) -> &mut [Service] {
+        &mut self.services
+    }
+
     /// Adds a group.
     #[must_use]
     pub fn group(mut self, group: Group) -> Document {

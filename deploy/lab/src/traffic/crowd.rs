@@ -144,6 +144,11 @@ impl Crowd {
         }
     }
 
+    /// Gives up all connections, so that [`Crowd::fill`] opens others.
+    pub fn close_all(&self) {
+        self.lock().fill(Member::Absent);
+    }
+
     /// Gives up the connections that stand but do not answer `call`s, so that [`Crowd::fill`] opens others.
     pub fn forget_silent(&self) {
         let call = *self.calls.borrow();
