@@ -4,14 +4,18 @@
 //! |---|---|
 //! | `keeper` | the daemon's side: starts it, starts another when it ends, dismisses it at an orderly end |
 //! | `process` | the executor itself |
+//! | `threads` | whether a process has a thread that may run again |
 //!
 //! **Why.** Silence is told from slowness by waiting; the kernel knows of a death at once. What dies can't speak, so somebody else
 //! must. The process that was started stays the daemon (its signals, its watchdog, `kill -9` of its pid are what they were); the
 //! executor is its child, the same program under a hidden command, in a process group of its own, deaf to signals that end a
 //! service, with its memory locked and real-time priority where the machine allows.
 //!
-//! **What it does.** It waits until *every* thread of the daemon has ended (pidfd_open(2)), so the daemon's sockets are gone: a data
-//! path in user space is silent by then. Then, in this order: it takes the answering of ARP and neighbour discovery from the
+//! **What it does.** It waits until *no* thread of the daemon will ever run again: nothing is sent, and no lease renewed, from then
+//! on. The thread that started it is one of the first to end when the daemon is killed, and the kernel tells its children
+//! (`PR_SET_PDEATHSIG`, prctl(2)); then it looks at all of them (`/proc/PID/task/*/stat`). That every one has ended for good, and all of
+//! its descriptors are closed, is told later (pidfd_open(2)): each packet socket takes the kernel some 10 ms to close, a device to which
+//! frames go up 20 ms and more, together more than a lease. Then, in this order: it takes the answering of ARP and neighbour discovery from the
 //! program in the kernel ([`komainu_packet::lane::kernel::Silencer`]), which goes on forwarding for what is left of the lease, as in
 //! an orderly hand-over; it sends each node what the daemon has left for it in its will ([`komainu_cluster::will`]), a few times,
 //! because datagrams get lost; it ends. What that message means is told in `cluster/src/pulse/resign.rs`.
@@ -25,6 +29,7 @@
 
 mod keeper;
 mod process;
+mod threads;
 
 pub use keeper::Executor;
 pub use process::run;

@@ -11,9 +11,12 @@ use komainu_cluster::will::{Letter, WillMemory};
 use komainu_packet::lane::kernel::Silencer;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigHandler, Signal, signal};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::READY;
+use super::threads::Threads;
 
 /// Pauses after which everything is said again: loss on the cluster network is normal, and a receiver may be busy. Short at first,
 /// because somebody waits for it, and over long before a service manager clears up.
@@ -36,9 +39,19 @@ pub fn run(daemon: i32, listen: IpAddr, leases: bool) -> ExitCode {
     }
 }
 
+/// Tells that the thread which started this process has ended.
+const PARENT_ENDED: Signal = Signal::SIGUSR1;
+/// Pause between two looks at the threads of a daemon of which one has ended, and how often it is looked.
+const LOOK_AGAIN: Duration = Duration::from_micros(200);
+const LOOKS: usize = 2_000;
+
 struct Watch {
     /// Readable when the daemon has ended, all of it.
     daemon: OwnedFd,
+    /// Readable when the thread that started this process has ended: soon after the daemon was killed, where `daemon` takes until
+    /// all of its sockets are closed.
+    thread: SignalFd,
+    threads: Threads,
     will: WillMemory,
     silencer: Option<Silencer>,
     socket: UdpSocket,
@@ -62,21 +75,17 @@ impl Watch {
         // Not the daemon's own address: the next one must be able to listen there at once.
         let socket = UdpSocket::bind(SocketAddr::new(listen, 0)).map_err(told("a socket"))?;
         socket.set_nonblocking(true)?;
-        let watch = Watch { daemon: watch_parent(daemon)?, will, silencer, socket };
+        let thread = watch_thread().map_err(|e| told("watch the daemon's thread")(e.into()))?;
+        let threads = Threads::of(daemon);
+        let watch = Watch { daemon: watch_parent(daemon)?, thread, threads, will, silencer, socket };
         // What is needed later is in memory now.
         drop(watch.will.read());
         Ok(watch)
     }
 
     fn run(&self) {
-        let mut fds = [PollFd::new(self.daemon.as_fd(), PollFlags::POLLIN)];
-        loop {
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(n) if n > 0 => break,
-                Ok(_) | Err(Errno::EINTR) => {}
-                // It can't be told whether the daemon lives: then nothing may be said.
-                Err(_) => return,
-            }
+        if !self.wait() {
+            return;
         }
         if let Some(silencer) = &self.silencer {
             silencer.silence();
@@ -92,6 +101,37 @@ impl Watch {
         }
     }
 
+    /// Waits until no thread of the daemon will ever run again. False: that can't be told.
+    fn wait(&self) -> bool {
+        loop {
+            let mut fds =
+                [self.daemon.as_fd(), self.thread.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(_) => return false,
+            }
+            if fds[0].any() == Some(true) {
+                return true;
+            }
+            if let Ok(Some(_)) = self.thread.read_signal()
+                && self.look()
+            {
+                return true;
+            }
+        }
+    }
+
+    /// A thread of the daemon has ended. Whether all have, or will have within a moment; else it was that one alone.
+    fn look(&self) -> bool {
+        (0..LOOKS).any(|_| {
+            if self.threads.have_ended() {
+                return true;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+            false
+        })
+    }
+
     fn send(&self, letters: &[Letter]) {
         for letter in letters {
             // A network that is down refuses it now and may take the next one; after that nobody would wait for it any more.
@@ -103,6 +143,16 @@ impl Watch {
 /// A descriptor of one's own for what was inherited.
 fn inherited(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     fd.try_clone_to_owned()
+}
+
+/// A descriptor that is readable when the thread that started this process has ended.
+fn watch_thread() -> nix::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    signals.add(PARENT_ENDED);
+    signals.thread_block()?;
+    let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    set_pdeathsig(PARENT_ENDED)?;
+    Ok(fd)
 }
 
 /// A descriptor that is readable when the parent has ended, all threads of it.
