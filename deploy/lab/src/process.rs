@@ -113,6 +113,15 @@ pub fn is_executor(pid: i32) -> bool {
     words.split(|byte| *byte == 0).nth(1) == Some(b"executor")
 }
 
+/// Whether there is a process of that number that has not ended, all of it: one that was killed is there until the kernel has taken back
+/// what it had.
+pub fn is_there(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next());
+    let threads = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    state.is_some_and(|state| state != "Z" || threads() > 1)
+}
+
 fn parent_of(pid: i32) -> Option<i32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name stands in parentheses and may hold any character: proc_pid_stat(5).

@@ -103,33 +103,30 @@ impl Watch {
 
     /// Waits until no thread of the daemon will ever run again. False: that can't be told.
     fn wait(&self) -> bool {
+        // How often the threads are still to be looked at: one has ended, and the others may be about to, or not.
+        let mut looks = 0;
         loop {
-            let mut fds =
-                [self.daemon.as_fd(), self.thread.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            match poll(&mut fds, PollTimeout::NONE) {
+            let timeout = if looks == 0 { PollTimeout::NONE } else { PollTimeout::ZERO };
+            let fds = [self.daemon.as_fd(), self.thread.as_fd()];
+            let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(_) => return false,
             }
             if fds[0].any() == Some(true) {
                 return true;
             }
-            if let Ok(Some(_)) = self.thread.read_signal()
-                && self.look()
-            {
-                return true;
+            if let Ok(Some(_)) = self.thread.read_signal() {
+                looks = LOOKS;
+            }
+            if looks > 0 {
+                if self.threads.have_ended() {
+                    return true;
+                }
+                looks -= 1;
+                std::thread::sleep(LOOK_AGAIN);
             }
         }
-    }
-
-    /// A thread of the daemon has ended. Whether all have, or will have within a moment; else it was that one alone.
-    fn look(&self) -> bool {
-        (0..LOOKS).any(|_| {
-            if self.threads.have_ended() {
-                return true;
-            }
-            std::thread::sleep(LOOK_AGAIN);
-            false
-        })
     }
 
     fn send(&self, letters: &[Letter]) {
