@@ -109,7 +109,7 @@ struct place {
 #define RECORD_KEEP 0x0008
 /* Everything for this service goes up. */
 #define RECORD_UP 0x0010
-/* Full NAT over TCP whose new flows are made here: make.h. */
+/* Full NAT whose new flows are made here: make.h. */
 #define RECORD_MAKES 0x0020
 /* Of an owned address: clients use it, backends route through it, it is a source of full NAT. */
 #define RECORD_VIP 0x0100

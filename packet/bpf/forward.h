@@ -32,7 +32,7 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
     if (r->flags & RECORD_TRACKS_ALL) {
         f = find_flow(r->service, p->src, p->src_port);
         if (!f) {
-            if (!(r->flags & RECORD_MAKES) || !is_syn(p))
+            if (!(r->flags & RECORD_MAKES) || !(is_syn(p) || p->protocol == PROTO_UDP))
                 return up(ctx, in, UP_FLOW);
             deed = DEED_MAKE;
         }
@@ -138,7 +138,7 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
         count_seen(number, hash, now);
     passed->packets += size.packets;
     passed->bytes += size.bytes;
-    if (is_syn(p) && (!f || deed == DEED_REOPEN))
+    if (deed == DEED_MAKE || (is_syn(p) && (!f || deed == DEED_REOPEN)))
         passed->new_flows++;
     count_event(t, EVENT_FORWARDED);
     return leave(c, in, out);

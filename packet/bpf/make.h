@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
 /*
- * Kept flows: TCP flows of full NAT that are made here and whose states are kept here (FLOW_KEPT). The engine learns of both by the ring
+ * Kept flows: flows of full NAT that are made here and whose states are kept here (FLOW_KEPT). The engine learns of both by the ring
  * `news`, ages and forgets them; it alone takes them out of the maps.
  *
  *   - A port below SNAT_PORT_UPPER belongs to whoever first puts it into `bound` for its backend, program or engine; those above are
  *     the engine's. The candidates are those of `src/engine/nat.rs`, so that another node derives the same.
  *   - So many flows are made as user space has granted the processor: how many it has room for, of them half-open ones. Beyond that,
- *     in a flood, SYNs go up as if nothing were made here.
+ *     in a flood, first packets go up as if nothing were made here.
  *   - Nothing is written that is not told: without room for the news the packet goes up.
  *   - State, flags and port of a flow are one word, changed by compare and exchange. Its version tells user space which of two pieces of
  *     news of different processors is the later one.
@@ -17,7 +17,7 @@
 
 #include "select.h"
 
-/* Ports that are tried before a SYN goes up. */
+/* Ports that are tried before a first packet goes up. */
 #define MAKE_PROBES 16
 /* Tries to change a flow that others change too. */
 #define CHANGE_TRIES 4
@@ -80,12 +80,12 @@ INLINE u32 next_port(u32 at)
 }
 
 /* The name of a flow's answers, but for the port. */
-INLINE void name_answers(struct scratch *s, const struct backend *b, const struct record *r)
+INLINE void name_answers(struct scratch *s, const struct packet *p, const struct backend *b, const struct record *r)
 {
     copy_address(s->answers.backend, b->address);
     copy_address(s->answers.snat, r->snat);
     s->answers.backend_port = b->port;
-    s->answers.protocol = PROTO_TCP;
+    s->answers.protocol = p->protocol;
 }
 
 INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
@@ -101,7 +101,7 @@ INLINE void describe(struct news *n, const struct flow_key *name, const struct f
     n->kind = kind;
 }
 
-/* Makes a flow for a SYN. Its SNAT port in network order; 0: the engine is to do it. */
+/* Makes a flow for its first packet, a SYN or datagram. Its SNAT port in network order; 0: the engine is to do it. */
 static __attribute__((noinline)) u32 make_flow(const struct packet *p, const struct record *r, u32 number, u64 now)
 {
     u32 zero = 0;
@@ -118,7 +118,7 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     if (!n)
         return 0;
 
-    name_answers(s, b, r);
+    name_answers(s, p, b, r);
     s->other.last_seen = now;
     s->other.backend = number;
     s->other.service = r->service;
@@ -147,11 +147,11 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     s->flow.last_seen = now;
     s->flow.backend = number;
     s->flow.flags = FLOW_BOUND | FLOW_KEPT;
-    s->flow.progress = STATE_SYN_SENT;
+    s->flow.progress = p->protocol == PROTO_UDP ? STATE_UDP : STATE_SYN_SENT;
     s->flow.snat_port = (u16)port;
     copy_address(s->flow.snat, r->snat);
     if (map_update(flow_table, &s->name, &s->flow, BPF_NOEXIST)) {
-        /* Another processor has another SYN of it, or there is no room. */
+        /* Another processor has another first packet of it, or there is no room. */
         map_delete(bound_table, &s->answers);
         ring_discard(n, 0);
         return 0;
@@ -163,7 +163,7 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
 }
 
 /* The backend's side of a flow. */
-INLINE struct bound *other_side(const struct flow *f)
+INLINE struct bound *other_side(const struct flow *f, u8 protocol)
 {
     u32 zero = 0, number = f->backend;
     struct backend *b = map_lookup(&backends, &number);
@@ -175,7 +175,7 @@ INLINE struct bound *other_side(const struct flow *f)
     copy_address(answers.snat, f->snat);
     answers.backend_port = b->port;
     answers.snat_port = f->snat_port;
-    answers.protocol = PROTO_TCP;
+    answers.protocol = protocol;
     return map_lookup(table, &answers);
 }
 
@@ -210,7 +210,7 @@ static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct pa
     if (silent >= r->reopen || !reopens(WORD_PROGRESS(before)))
         return 0;
 
-    name_answers(s, b, r);
+    name_answers(s, p, b, r);
     struct bound *other = 0;
     u32 at = first_port(p, r, b);
     for (int i = 0; i < MAKE_PROBES; i++) {
@@ -278,10 +278,10 @@ INLINE int note_segment(struct flow *f, struct bound *other, const struct flow_k
     return 0;
 }
 
-/* A client's segment. */
+/* A client's segment or datagram. */
 static __attribute__((noinline)) int note_request(struct flow *f, const struct packet *p, u32 service, u64 now)
 {
-    struct bound *other = other_side(f);
+    struct bound *other = other_side(f, p->protocol);
     if (!other)
         return 0;
     struct flow_key name = {};
@@ -291,7 +291,7 @@ static __attribute__((noinline)) int note_request(struct flow *f, const struct p
     return note_segment(f, other, &name, segment_of(p->flags), 0, now);
 }
 
-/* A backend's segment. */
+/* A backend's segment or datagram. */
 static __attribute__((noinline)) int note_answer(struct bound *b, const struct packet *p, u64 now)
 {
     u32 zero = 0;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR MIT OR Apache-2.0 */
 /*
- * The states of a TCP flow both of whose directions pass: `Progress` of `src/flow/state.rs`, in the byte that it makes of itself
- * there. A test asks both for every byte and segment.
+ * The states of a flow both of whose directions pass: `Progress` of `src/flow/state.rs`, in the byte that it makes of itself there. A
+ * test asks both for every byte and segment. A datagram is a plain segment without flags: a UDP flow has one state, and the marks.
  */
 #ifndef KOMAINU_STATE_H
 #define KOMAINU_STATE_H
@@ -13,6 +13,7 @@
 #define STATE_ESTABLISHED 1
 #define STATE_CLOSING 2
 #define STATE_CLOSED 3
+#define STATE_UDP 4
 #define PROGRESS_CLIENT_FIN 0x08
 #define PROGRESS_BACKEND_FIN 0x10
 #define PROGRESS_ANSWERED 0x20
@@ -57,10 +58,10 @@ INLINE u32 advance(u32 progress, u32 segment, u32 to_client)
         else if (state == STATE_CLOSED && (progress & fins) != fins)
             state = progress & fins ? STATE_CLOSING : STATE_ESTABLISHED;
     }
-    if (state != STATE_ESTABLISHED)
-        progress &= ~PROGRESS_ASSURED;
-    else if (progress & PROGRESS_ANSWERED)
+    if (progress & PROGRESS_ANSWERED && (state == STATE_ESTABLISHED || state == STATE_UDP))
         progress |= PROGRESS_ASSURED;
+    else if (state != STATE_ESTABLISHED)
+        progress &= ~PROGRESS_ASSURED;
     return (progress & ~STATE_MASK) | state;
 }
 

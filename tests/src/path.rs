@@ -1,4 +1,4 @@
-//! A lane without a network: one TCP service with its flows through the engine alone (what the `af_packet` lane is made of), or
+//! A lane without a network: one service with its flows through the engine alone (what the `af_packet` lane is made of), or
 //! through the program at a hook, run by `BPF_PROG_TEST_RUN`, with the engine behind it for what the program leaves.
 //!
 //! Everybody stands on one IPv4 network but the clients, which are behind a router. Needs root where there is a hook.
@@ -40,11 +40,12 @@ pub struct Path {
     engine: Engine,
     kernel: Option<(Kernel, Filler, News)>,
     mode: Mode,
+    protocol: Protocol,
     revision: u64,
     up: u64,
 }
 
-/// Flags of a TCP segment.
+/// Flags of a TCP segment; over UDP all are the same datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flags {
     /// The first.
@@ -75,8 +76,13 @@ impl NextHops for Hops {
 }
 
 impl Path {
-    /// A path with an unlimited lease, without backends, and room for `max_flows`.
+    /// A path of a TCP service with an unlimited lease, without backends, and room for `max_flows`.
     pub fn new(hook: Option<Hook>, mode: Mode, max_flows: usize) -> Path {
+        Path::of(hook, mode, Protocol::Tcp, max_flows)
+    }
+
+    /// The same of a service of that protocol.
+    pub fn of(hook: Option<Hook>, mode: Mode, protocol: Protocol, max_flows: usize) -> Path {
         let leases = Arc::new(LeaseBoard::new());
         let until = BootTime(u64::MAX);
         leases.set(GROUP, Lease { epoch: 1, answer_until: until, forward_until: until });
@@ -104,13 +110,13 @@ impl Path {
             let filler = Filler::new(Arc::clone(maps));
             (kernel, filler, news)
         });
-        Path { engine, kernel, mode, revision: 0, up: 0 }
+        Path { engine, kernel, mode, protocol, revision: 0, up: 0 }
     }
 
     /// Puts a plan with these backends in force.
     pub fn install(&mut self, backends: &[BackendPlan]) {
         self.revision += 1;
-        let plan = plan(self.revision, self.mode, backends);
+        let plan = plan(self.revision, self.mode, self.protocol, backends);
         let tables = compile(plan, Some(self.engine.tables())).unwrap();
         self.engine.swap(Arc::new(tables), BootTime::now());
         if let Some((_, filler, _)) = &mut self.kernel {
@@ -185,9 +191,22 @@ impl Path {
         matches!(verdict, Verdict::Forward { .. }).then_some(bytes)
     }
 
+    fn packet(
+        &self,
+        from: (Ipv4Addr, u16),
+        to: (Ipv4Addr, u16),
+        from_mac: Mac,
+        flags: Flags,
+    ) -> [u8; SEGMENT] {
+        match self.protocol {
+            Protocol::Tcp => segment(from, to, from_mac, flags),
+            Protocol::Udp => datagram(from, to, from_mac),
+        }
+    }
+
     /// Sends a client's segment to the service: the number of the backend that it went to, and the segment as it got there.
     pub fn request(&mut self, flow: u32, flags: Flags) -> Option<(u8, Vec<u8>)> {
-        let sent = self.send(&segment(client(flow), (VIP, PORT), ROUTER_MAC, flags))?;
+        let sent = self.send(&self.packet(client(flow), (VIP, PORT), ROUTER_MAC, flags))?;
         assert_eq!(sent[..5], [2, 0, 0, 0, 1], "flow {flow} went to no backend");
         Some((sent[5], sent))
     }
@@ -203,7 +222,7 @@ impl Path {
         let at = |i: usize| Ipv4Addr::new(s[i], s[i + 1], s[i + 2], s[i + 3]);
         let port = |i: usize| u16::from_be_bytes([s[i], s[i + 1]]);
         let (from, to) = ((at(30), port(36)), (at(26), port(34)));
-        let answer = self.send(&segment(from, to, mac_of(from.0.into()), flags))?;
+        let answer = self.send(&self.packet(from, to, mac_of(from.0.into()), flags))?;
         assert_eq!(answer[..6], ROUTER_MAC);
         Some(answer)
     }
@@ -236,7 +255,7 @@ pub fn backend(number: u8) -> BackendPlan {
     }
 }
 
-fn plan(revision: u64, mode: Mode, backends: &[BackendPlan]) -> Plan {
+fn plan(revision: u64, mode: Mode, protocol: Protocol, backends: &[BackendPlan]) -> Plan {
     let group = GroupPlan {
         id: GROUP,
         name: "group".to_owned(),
@@ -250,7 +269,7 @@ fn plan(revision: u64, mode: Mode, backends: &[BackendPlan]) -> Plan {
         group: GROUP,
         vip: VIP.into(),
         port: PORT,
-        protocol: Protocol::Tcp,
+        protocol,
         mode,
         scheduler: Scheduler::Maglev,
         dead_backend: DeadBackend::Reset,
@@ -268,19 +287,34 @@ fn client(flow: u32) -> (Ipv4Addr, u16) {
     (Ipv4Addr::new(9, b, c, d), 10_000 + (flow % FLOWS_A_CLIENT) as u16)
 }
 
-fn segment(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), from_mac: Mac, flags: Flags) -> [u8; SEGMENT] {
+/// Ethernet and IPv4 headers, and ports.
+fn headers(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), from_mac: Mac, protocol: u8) -> [u8; SEGMENT] {
     let mut s = [0; SEGMENT];
     s[..6].copy_from_slice(&OWN_MAC);
     s[6..12].copy_from_slice(&from_mac);
     s[12..14].copy_from_slice(&[0x08, 0x00]);
     s[14..18].copy_from_slice(&[0x45, 0, 0, (SEGMENT - 14) as u8]);
-    s[22..24].copy_from_slice(&[64, 6]);
+    s[22..24].copy_from_slice(&[64, protocol]);
     s[26..30].copy_from_slice(&from.0.octets());
     s[30..34].copy_from_slice(&to.0.octets());
     let header = checksum(&s[14..34]);
     s[24..26].copy_from_slice(&header.to_be_bytes());
     s[34..36].copy_from_slice(&from.1.to_be_bytes());
     s[36..38].copy_from_slice(&to.1.to_be_bytes());
+    s
+}
+
+fn datagram(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), from_mac: Mac) -> [u8; SEGMENT] {
+    let mut s = headers(from, to, from_mac, 17);
+    let length = (SEGMENT - 34) as u16;
+    s[38..40].copy_from_slice(&length.to_be_bytes());
+    let sum = Sum::pseudo_header(from.0.into(), to.0.into(), 17, length.into()).bytes(&s[34..]).checksum();
+    s[40..42].copy_from_slice(&sum.to_be_bytes());
+    s
+}
+
+fn segment(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), from_mac: Mac, flags: Flags) -> [u8; SEGMENT] {
+    let mut s = headers(from, to, from_mac, 6);
     s[41] = 1;
     s[45] = u8::from(flags != Flags::Syn);
     s[46..48].copy_from_slice(&[5 << 4, flags as u8]);

@@ -102,7 +102,7 @@ pub struct Passed {
 pub use super::sketch::{REGISTERS, Windows};
 
 fn has_lower_port(flow: &Flow) -> bool {
-    flow.bound_port().is_some_and(|(protocol, port)| is_lower(protocol, port))
+    flow.bound_port().is_some_and(|(_, port)| is_lower(port))
 }
 
 /// Whether it counts towards [`super::nat::MAX_HALF_OPEN`].

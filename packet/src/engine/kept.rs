@@ -8,10 +8,10 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::flow::{BackendSide, ClientSide, FlowId, NewFlow, Segment};
+use crate::flow::{BackendSide, ClientSide, FlowId, NewFlow, Segment, State};
+use crate::plan::Protocol;
 use crate::tables::Tables;
 use crate::time::BootTime;
-use crate::wire::proto;
 
 use super::Engine;
 use super::core::Core;
@@ -35,6 +35,13 @@ pub struct Kept {
     pub version: u8,
     /// When the packet came.
     pub at: BootTime,
+}
+
+impl Kept {
+    /// Which a flow is of, as its state tells.
+    fn protocol(&self) -> Protocol {
+        if State::of_bits(self.progress) == Some(State::Udp) { Protocol::Udp } else { Protocol::Tcp }
+    }
 }
 
 impl Engine {
@@ -78,7 +85,7 @@ impl Core {
             client_side: kept.client_side,
             backend_side: Some(backend_side),
             backend: kept.backend,
-            first: Segment::Syn,
+            first: if kept.protocol() == Protocol::Udp { Segment::Udp } else { Segment::Syn },
             idle,
         };
         let inserted = match self.flows.insert(new, at) {
@@ -113,7 +120,8 @@ impl Core {
         let service = kept.client_side.service;
         let (backend, backend_port, in_force) = self.states.backend_of(service, kept.backend)?;
         let (snat, snat_port) = kept.snat;
-        let name = BackendSide { protocol: proto::TCP, backend, backend_port, snat, snat_port };
+        let protocol = kept.protocol().number();
+        let name = BackendSide { protocol, backend, backend_port, snat, snat_port };
         match self.states.service_in_force(service).filter(|_| in_force) {
             Some(index) => Some((name, tables.services()[usize::from(index)].idle)),
             None => {

@@ -7,7 +7,7 @@ use crate::flow::{BackendSide, ClientSide, Direction, Segment};
 use crate::hash;
 use crate::plan::Protocol;
 use crate::tables::{Backend, HASH_SEED, Service, Tables};
-use crate::wire::{Dissected, IpInfo, proto};
+use crate::wire::{Dissected, IpInfo};
 
 use super::beside::Reservation;
 use super::core::{Core, Cx, IcmpError, Size, Stop, check_offload};
@@ -20,8 +20,8 @@ use super::rewrite::{self, End, Ends};
 pub const SNAT_PORT_MIN: u16 = 1024;
 /// Last SNAT port.
 pub const SNAT_PORT_MAX: u16 = 65_535;
-/// First of the upper ports: bound by the engine alone. Those below are bound by a program beside it, too, where TCP is concerned, so
-/// there the engine reserves them first (RFC 6335 §6: the upper ones are the dynamic ports).
+/// First of the upper ports: bound by the engine alone. Those below are bound by a program beside it, too, so there the engine reserves
+/// them first (RFC 6335 §6: the upper ones are the dynamic ports).
 pub const SNAT_PORT_UPPER: u16 = 49_152;
 /// Ports that are tried on one address before the flow is refused. With 95 % of an address's ports to one backend in use,
 /// in random places, one new flow in 700 finds 128 taken; the work for a packet stays bounded.
@@ -32,16 +32,14 @@ const PROBED_ADDRESSES: usize = 4;
 /// there. At 100 000 new flows a second it is enough for backends that answer within 80 ms; what goes beyond has an upper port.
 pub(crate) const MAX_HALF_OPEN: u32 = 8192;
 
-/// SNAT ports of one address, tried in this order: first and number.
-const TCP_PARTS: [(u16, u32); 2] = [
-    (SNAT_PORT_MIN, (SNAT_PORT_UPPER - SNAT_PORT_MIN) as u32),
-    (SNAT_PORT_UPPER, SNAT_PORT_MAX as u32 - SNAT_PORT_UPPER as u32 + 1),
-];
-const UDP_PARTS: [(u16, u32); 1] = [(SNAT_PORT_MIN, SNAT_PORT_MAX as u32 - SNAT_PORT_MIN as u32 + 1)];
+/// SNAT ports of one address: first and number.
+type Part = (u16, u32);
+const LOWER: Part = (SNAT_PORT_MIN, (SNAT_PORT_UPPER - SNAT_PORT_MIN) as u32);
+const UPPER: Part = (SNAT_PORT_UPPER, SNAT_PORT_MAX as u32 - SNAT_PORT_UPPER as u32 + 1);
 
 /// Whether a program beside the engine binds such ports, too.
-pub(crate) fn is_lower(protocol: u8, snat_port: u16) -> bool {
-    protocol == proto::TCP && snat_port < SNAT_PORT_UPPER
+pub(crate) fn is_lower(snat_port: u16) -> bool {
+    snat_port < SNAT_PORT_UPPER
 }
 
 /// Names that a flow could have on the backend's side, in the order in which they are tried.
@@ -52,7 +50,7 @@ struct Candidates<'a> {
 }
 
 impl Candidates<'_> {
-    fn of(&self, (start, ports): (u16, u32)) -> impl Iterator<Item = BackendSide> {
+    fn of(&self, (start, ports): Part) -> impl Iterator<Item = BackendSide> {
         let Candidates { service, backend, hash } = *self;
         let addresses = service.snat.len();
         let first = hash::scale(hash, addresses as u32 * ports);
@@ -88,12 +86,14 @@ impl Core {
         let tcp = service.protocol == Protocol::Tcp;
         // A SNAT address that is also a VIP: its services' ports are taken.
         let serves = |c: &BackendSide| tables.service_at(c.snat, c.snat_port, service.protocol).is_some();
-        let parts = if tcp { &TCP_PARTS[..] } else { &UDP_PARTS[..] };
+        // Beyond the half-open ones that a program may have, over UDP, whose backends need never answer, the lower ones come last.
+        let parts: &[Part] = match (self.cache.is_some() && self.half_open >= MAX_HALF_OPEN, tcp) {
+            (false, _) => &[LOWER, UPPER],
+            (true, true) => &[UPPER],
+            (true, false) => &[UPPER, LOWER],
+        };
         for part in parts {
-            let shared = self.cache.is_some() && is_lower(service.protocol.number(), part.0);
-            if shared && self.half_open >= MAX_HALF_OPEN {
-                continue;
-            }
+            let shared = self.cache.is_some() && is_lower(part.0);
             for candidate in candidates.of(*part) {
                 if serves(&candidate) || self.flows.find_answered(&candidate).is_some() {
                     continue;
@@ -106,7 +106,7 @@ impl Core {
             }
         }
         if tcp {
-            let half_open = candidates.of(TCP_PARTS[1]).find_map(|candidate| {
+            let half_open = candidates.of(UPPER).find_map(|candidate| {
                 let id = self.flows.find_answered(&candidate)?;
                 (!self.flows.get(id).is_answered()).then_some((id, candidate))
             });

@@ -253,7 +253,7 @@ impl Engine {
             self.drop_adopted(other);
         }
         let core = &mut self.core;
-        let shared = backend_side.filter(|bound| is_lower(bound.protocol, bound.snat_port));
+        let shared = backend_side.filter(|bound| is_lower(bound.snat_port));
         if let (Some(bound), Some(cache)) = (&shared, &mut core.cache) {
             match cache.reserve(bound) {
                 Reservation::Made => {}

@@ -55,6 +55,18 @@ impl State {
         }
     }
 
+    /// The one in a byte of [`Progress::to_bits`].
+    pub(crate) fn of_bits(bits: u8) -> Option<State> {
+        match bits & 7 {
+            0 => Some(State::SynSent),
+            1 => Some(State::Established),
+            2 => Some(State::Closing),
+            3 => Some(State::Closed),
+            4 => Some(State::Udp),
+            _ => None,
+        }
+    }
+
     /// How long a flow in this state may be silent. `idle` is the service's own setting for its protocol.
     pub fn idle(self, idle: Duration) -> Duration {
         match self {
@@ -217,14 +229,7 @@ impl Progress {
 
     /// What [`Progress::to_bits`] has made, for a flow of `protocol`. `None`: it has made no such thing.
     pub(crate) fn from_bits(bits: u8, two_way: bool, protocol: Protocol) -> Option<Progress> {
-        let state = match (bits & 7, protocol) {
-            (0, Protocol::Tcp) => State::SynSent,
-            (1, Protocol::Tcp) => State::Established,
-            (2, Protocol::Tcp) => State::Closing,
-            (3, Protocol::Tcp) => State::Closed,
-            (4, Protocol::Udp) => State::Udp,
-            _ => return None,
-        };
+        let state = State::of_bits(bits).filter(|s| (*s == State::Udp) == (protocol == Protocol::Udp))?;
         let bit = |n: u8| bits >> n & 1 != 0;
         let settled = matches!(state, State::Established | State::Udp);
         let sound = bits >> 7 == 0 && (!bit(6) || settled);
@@ -243,7 +248,8 @@ impl Progress {
 /// for becomes by a segment, and of the state before that: is it steady, does a SYN begin a new flow? `None`: there is no such
 /// state.
 pub fn two_way_step(bits: u8, segment: Segment, direction: Direction) -> Option<(u8, bool, bool)> {
-    let before = Progress::from_bits(bits, true, Protocol::Tcp)?;
+    let protocol = if segment == Segment::Udp { Protocol::Udp } else { Protocol::Tcp };
+    let before = Progress::from_bits(bits, true, protocol)?;
     let mut after = before;
     after.advance(segment, direction);
     Some((after.to_bits(), before.is_steady(), before.reopens()))

@@ -1,4 +1,4 @@
-//! Flows of full NAT over TCP that the program makes and keeps: no packet of an ordinary connection goes up, ports are given once
+//! Flows of full NAT that the program makes and keeps: no packet of an ordinary connection goes up, ports are given once
 //! and come back, and a flood of SYNs neither fills the program's maps nor shuts anybody out.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use komainu_packet::engine::SNAT_PORT_UPPER;
 use komainu_packet::lane::kernel::program::Hook;
-use komainu_packet::plan::Mode;
+use komainu_packet::plan::{Mode, Protocol};
 use komainu_tests::path::{Flags, Path, backend};
 
 const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
@@ -18,6 +18,12 @@ const PAST_ENDS: Duration = Duration::from_secs(31);
 
 fn path(hook: Hook, backends: u8, max_flows: usize) -> Path {
     let mut path = Path::new(Some(hook), Mode::Nat, max_flows);
+    path.install(&(1..=backends).map(backend).collect::<Vec<_>>());
+    path
+}
+
+fn udp_path(hook: Hook, backends: u8, max_flows: usize) -> Path {
+    let mut path = Path::of(Some(hook), Mode::Nat, Protocol::Udp, max_flows);
     path.install(&(1..=backends).map(backend).collect::<Vec<_>>());
     path
 }
@@ -138,5 +144,46 @@ fn a_flood_of_syns_fills_no_map_and_shuts_nobody_out() {
         assert_eq!(path.remembered(), u64::from(others), "{hook:?}");
         path.connect(3_000_000);
         assert_eq!(path.went_up(), before, "{hook:?}: and afterwards all is as it was");
+    }
+}
+
+#[test]
+fn no_datagram_of_an_ordinary_exchange_goes_up() {
+    for hook in HOOKS {
+        let mut path = udp_path(hook, 3, 1 << 14);
+        for flow in 0..2000 {
+            let (backend, there) = path.request(flow, Flags::Ack).expect("a question");
+            // Nothing has come back yet.
+            assert_eq!(path.next(flow), Some(backend));
+            for _ in 0..2 {
+                path.answer(&there, Flags::Ack).expect("an answer");
+                let (again, later) = path.request(flow, Flags::Ack).expect("a further question");
+                assert_eq!((again, source(&later)), (backend, source(&there)), "{hook:?}: flow {flow} moves");
+            }
+        }
+        assert_eq!(path.went_up(), 0, "{hook:?}");
+        assert_eq!((path.remembered(), path.in_maps(), path.new_flows()), (2000, (2000, 2000), 2000));
+        path.tick_after(PAST_ENDS);
+        assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
+    }
+}
+
+/// As with logs that are only sent. More than the half-open flows that the program may make, and than there are upper ports.
+#[test]
+fn flows_of_datagrams_that_nobody_answers_have_all_ports() {
+    for hook in HOOKS {
+        const FLOWS: u32 = 40_000;
+        let mut path = udp_path(hook, 1, 1 << 17);
+        for flow in 0..FLOWS {
+            path.request(flow, Flags::Ack).unwrap_or_else(|| panic!("{hook:?}: flow {flow} is refused"));
+        }
+        let different: BTreeSet<(u32, SocketAddr)> = path.bindings().into_iter().collect();
+        assert_eq!(different.len(), FLOWS as usize, "{hook:?}: a port was given twice");
+        let up = path.went_up();
+        // Of those that it may make a few find the first candidates taken.
+        let made = u64::from(FLOWS) - up;
+        assert!(made + 100 > HALF_OPEN as u64, "{hook:?}: {made} were made there");
+        path.tick_after(PAST_ENDS);
+        assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
     }
 }

@@ -189,10 +189,11 @@ fn states_are_those_of_the_engine() {
     let harness = Harness::load().unwrap_or_else(|e| panic!("{e}"));
     let mut steps = 0;
     for progress in 0..=u8::MAX {
-        for tcp_flags in [0x02u8, 0x12, 0x10, 0x11, 0x04, 0x06, 0x00, 0x18] {
+        let segments =
+            [0x02u8, 0x12, 0x10, 0x11, 0x04, 0x06, 0x00, 0x18].map(|f| (f, Segment::from_tcp_flags(f)));
+        for (tcp_flags, segment) in segments.into_iter().chain([(0, Segment::Udp)]) {
             for to_client in [false, true] {
                 let direction = if to_client { Direction::ToClient } else { Direction::ToBackend };
-                let segment = Segment::from_tcp_flags(tcp_flags);
                 let Some(expected) = two_way_step(progress, segment, direction) else { continue };
                 let words = [progress.into(), tcp_flags.into(), u32::from(to_client), 0, 0, 0];
                 let question: Vec<u8> = words.iter().flat_map(|w: &u32| w.to_ne_bytes()).collect();
@@ -204,6 +205,6 @@ fn states_are_those_of_the_engine() {
             }
         }
     }
-    // SynSent, Closing and Closed with three marks each, Established with one more.
-    assert_eq!(steps, (3 * 8 + 16) * 16);
+    // SynSent, Closing and Closed with three marks each, Established with one more; Udp like that, of one kind of segment only.
+    assert_eq!(steps, (3 * 8 + 16) * 16 + 16 * 2);
 }

@@ -78,14 +78,18 @@ fn is_plain(ip: Option<&IpInfo>) -> bool {
     }
 }
 
-/// Whether a frame begins a TCP flow.
-pub fn is_syn(frame: &[u8]) -> bool {
+/// Whether a frame begins a flow where there is none.
+pub fn begins(frame: &[u8]) -> bool {
     matches!(dissect(frame).map(|d| d.net), Ok(Net::Ip(ip)) if opens(Some(&ip)))
 }
 
-/// A SYN without RST.
+/// A SYN without RST, or a datagram.
 fn opens(ip: Option<&IpInfo>) -> bool {
-    matches!(ip.map(|ip| &ip.transport), Some(Transport::Tcp { flags, .. }) if flags.opens() && !flags.rst())
+    match ip.map(|ip| &ip.transport) {
+        Some(Transport::Tcp { flags, .. }) => flags.opens() && !flags.rst(),
+        Some(Transport::Udp { .. }) => true,
+        _ => false,
+    }
 }
 
 /// Neighbour discovery and ARP other than a question that has one answer.

@@ -260,7 +260,7 @@ impl World {
                 match (verdict, facts_before.mode) {
                     (Verdict::Reply { .. }, _) => "reply".to_owned(),
                     // The same bytes: the same SNAT address and port, too.
-                    (_, Some((Mode::Nat, true))) if facts_before.opens && rules::is_syn(&frame.bytes) => {
+                    (_, Some((Mode::Nat, true))) if facts_before.opens && rules::begins(&frame.bytes) => {
                         "leave request Nat, made".to_owned()
                     }
                     (_, Some((mode @ Mode::Nat, _))) if learned > 0 => format!("leave {mode:?}, changed"),
@@ -406,7 +406,7 @@ impl World {
             kept,
             closing,
             opens: !trace.remembered || closing,
-            makes: service.mode == Mode::Nat && service.protocol == Protocol::Tcp && hashed,
+            makes: service.mode == Mode::Nat && hashed,
         };
         facts.opens &= facts.makes;
     }
@@ -570,7 +570,7 @@ struct FlowFacts {
     closing: bool,
     /// New flows of its service are made by the program.
     makes: bool,
-    /// A SYN begins a flow that the program makes.
+    /// A SYN or datagram begins a flow that the program makes.
     opens: bool,
 }
 

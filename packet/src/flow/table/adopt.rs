@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::plan::Protocol;
 use crate::time::BootTime;
 
-use super::{Flow, FlowId, FlowTable, Inserted, NewFlow, Progress, TableFull, Touched, VERSIONS};
+use super::{Flow, FlowId, FlowTable, Inserted, NewFlow, Progress, State, TableFull, Touched, VERSIONS};
 
 impl FlowTable {
     /// Notes the version of a flow that a program has just made.
@@ -29,11 +29,13 @@ impl FlowTable {
         idle: Duration,
         at: BootTime,
     ) -> Option<Touched> {
-        let ahead = version.wrapping_sub(self.entries.get(id.0).version) % VERSIONS;
+        let flow = self.entries.get(id.0);
+        let ahead = version.wrapping_sub(flow.version) % VERSIONS;
         if ahead == 0 || ahead >= VERSIONS / 2 {
             return None;
         }
-        let after = Progress::from_bits(bits, true, Protocol::Tcp)?;
+        let protocol = if flow.progress.state == State::Udp { Protocol::Udp } else { Protocol::Tcp };
+        let after = Progress::from_bits(bits, true, protocol)?;
         Some(self.change(id, after, ahead, idle, at))
     }
 
@@ -63,7 +65,7 @@ impl FlowTable {
         let flow = self.entries.get_mut(entry);
         flow.progress = progress;
         flow.mark = mark;
-        flow.told = progress.state != super::State::Closed;
+        flow.told = progress.state != State::Closed;
         flow.set_idle(idle);
         let deadline_ns = flow.deadline_ns();
         self.wheel.unlink(&mut self.entries, entry);

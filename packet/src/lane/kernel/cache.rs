@@ -1,6 +1,6 @@
 //! The program's copy of the flows that the engine remembers.
 //!
-//! TCP flows of full NAT with a lower SNAT port are *kept*: the program makes such flows itself (`packet/bpf/make.h`) and takes them
+//! Flows of full NAT with a lower SNAT port are *kept*: the program makes such flows itself (`packet/bpf/make.h`) and takes them
 //! through their states, so all of them are written, steady or not, and a name on the backend's side is theirs who writes it
 //! first. How many of them a flood can make is bounded by the engine (`engine/kept.rs`).
 //!
@@ -20,7 +20,6 @@ use super::maps::{Maps, Memory};
 use crate::engine::{FlowCache, Reservation, SNAT_PORT_UPPER};
 use crate::flow::{BackendSide, ClientSide, Flow};
 use crate::time::BootTime;
-use crate::wire::proto;
 
 /// Number of no service's state.
 const NOBODY: u32 = u32::MAX;
@@ -151,7 +150,7 @@ impl Cache {
 
 /// Whether the program keeps the flow's state.
 fn is_kept(flow: &Flow) -> bool {
-    flow.bound_port().is_some_and(|(protocol, port)| protocol == proto::TCP && port < SNAT_PORT_UPPER)
+    flow.bound_port().is_some_and(|(_, port)| port < SNAT_PORT_UPPER)
 }
 
 /// Whether the program knows a flow that is as this one is now.

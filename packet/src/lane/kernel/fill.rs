@@ -24,7 +24,7 @@ use crate::engine::{Engine, OwnedAddress, Port, SNAT_PORT_MIN, SNAT_PORT_UPPER};
 use crate::flow::CLOSED_IDLE;
 use crate::hash;
 use crate::maglev::Maglev;
-use crate::plan::{DeadBackend, Mode, Protocol, Scheduler};
+use crate::plan::{DeadBackend, Mode, Scheduler};
 use crate::tables::{Service, Table, Tables};
 
 /// What a generation is made of: the tables in force with the engine's numbers for them.
@@ -432,16 +432,16 @@ fn record(service: &Service, number: u32, tables: Option<&Filled>) -> Record {
     }
 }
 
-/// The SNAT address of a service whose new flows the program makes: full NAT over TCP, the backend chosen by hash, one address that has
-/// all the lower ports for it.
+/// The SNAT address of a service whose new flows the program makes: full NAT, the backend chosen by hash, one address that has all the
+/// lower ports for it.
 fn made_from(tables: &Tables, service: &Service, fits: bool) -> Option<IpAddr> {
     let hashed = matches!(service.scheduler, Scheduler::Maglev | Scheduler::SourceIp);
-    if !fits || !hashed || service.mode != Mode::Nat || service.protocol != Protocol::Tcp {
+    if !fits || !hashed || service.mode != Mode::Nat {
         return None;
     }
     let &[snat] = service.snat.as_slice() else { return None };
     let taken = |s: &Service| {
-        s.vip == snat && s.protocol == Protocol::Tcp && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
+        s.vip == snat && s.protocol == service.protocol && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
     };
     let taken = tables.owned(snat).is_some_and(|o| o.vip) && tables.services().iter().any(taken);
     (!taken).then_some(snat)
