@@ -139,10 +139,15 @@ struct record {
     u32 id;
     /* A closing flow that was silent for so long in ns is not opened again here: user space may be about to forget it. */
     u64 reopen;
-    /* The one SNAT address of a service with RECORD_MAKES. */
+    /* The first SNAT address of a service with RECORD_MAKES. */
     u8 snat[16];
-    u64 reserved[2];
+    /* How many it has; where there are more, all of them are a table in `slots`, a word of them in each slot. */
+    u32 snat_count;
+    u32 snats;
+    u64 reserved;
 };
+/* Words, and slots, that a SNAT address takes. */
+#define SNAT_WORDS 4
 
 /* A cell of the plan's table: a place is found at the cell that its hash names or, where others stand there, behind them without a
  * gap, PLACE_PROBES cells away at most. */
@@ -386,6 +391,7 @@ CHECK_OFFSET(place_entry, record, 32);
 CHECK_OFFSET(record, current, 16);
 CHECK_OFFSET(record, vip, 32);
 CHECK_OFFSET(record, reopen, 56);
+CHECK_OFFSET(record, snat_count, 80);
 CHECK_SIZE(slot_line, 64);
 CHECK_SIZE(backend, 64);
 CHECK_OFFSET(backend, port, 24);

@@ -120,11 +120,12 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
                 src.address = (const u32 *)f->snat;
                 src.port = f->snat_port;
             } else {
-                u32 port = make_flow(p, r, number, now);
-                if (!port)
+                u32 zero = 0;
+                struct scratch *made = map_lookup(&scratch, &zero);
+                if (!made || !make_flow(p, r, number, now))
                     return up(ctx, in, UP_NOTE);
-                src.address = (const u32 *)r->snat;
-                src.port = (u16)port;
+                src.address = (const u32 *)made->flow.snat;
+                src.port = made->flow.snat_port;
             }
         }
         int done = p->protocol == PROTO_TCP ? rewrite_ends(ctx, v6, 1, src, dst, hop, own)

@@ -66,26 +66,52 @@ INLINE struct news *may_make(const struct config *c, const struct tally *t)
     return ring_reserve(&news, sizeof(struct news), 0);
 }
 
-/* Number of the first candidate's port. */
-INLINE u32 first_port(const struct packet *p, const struct record *r, const struct backend *b)
+/* Lower ports of a SNAT address. */
+#define LOWER_PORTS (SNAT_PORT_UPPER - SNAT_PORT_MIN)
+
+/* The first candidate: its address, and the number of its port. 0: there is no such address. */
+INLINE int first_candidate(const struct packet *p, const struct record *r, const struct backend *b, u8 *address, u32 *port)
 {
     u32 hash = is_mapped((const u32 *)r->snat) ? hash_snat(HASH_SEED, 0, p->src, p->src_port, r->id, b->id)
                                                : hash_snat(HASH_SEED, 1, p->src, p->src_port, r->id, b->id);
-    return hash_scale(hash, SNAT_PORT_UPPER - SNAT_PORT_MIN);
+    if (likely(r->snat_count == 1)) {
+        copy_address(address, r->snat);
+        *port = hash_scale(hash, LOWER_PORTS);
+        return 1;
+    }
+    u32 first = hash_scale(hash, r->snat_count * LOWER_PORTS), table = r->snats;
+    void *lines = map_lookup(&slots, &table);
+    if (!lines)
+        return 0;
+    u32 slot = first / LOWER_PORTS * SNAT_WORDS, number = slot / SLOTS_PER_LINE;
+    struct slot_line *line = map_lookup(lines, &number);
+    if (!line)
+        return 0;
+    slot %= SLOTS_PER_LINE;
+    OPAQUE(slot);
+    copy_address(address, &line->slots[slot & (SLOTS_PER_LINE - SNAT_WORDS)]);
+    *port = first % LOWER_PORTS;
+    return 1;
 }
 
 INLINE u32 next_port(u32 at)
 {
-    return at + 1 < SNAT_PORT_UPPER - SNAT_PORT_MIN ? at + 1 : 0;
+    return at + 1 < LOWER_PORTS ? at + 1 : 0;
 }
 
-/* The name of a flow's answers, but for the port. */
-INLINE void name_answers(struct scratch *s, const struct packet *p, const struct backend *b, const struct record *r)
+/* The name of a flow's answers, but for the port: the number of that which is to be tried first is in `port`. 0: there is none. */
+INLINE int name_answers(struct scratch *s, const struct packet *p, const struct backend *b, const struct record *r, u32 *port)
 {
     copy_address(s->answers.backend, b->address);
-    copy_address(s->answers.snat, r->snat);
     s->answers.backend_port = b->port;
     s->answers.protocol = p->protocol;
+    return first_candidate(p, r, b, s->answers.snat, port);
+}
+
+INLINE int is_address(const u8 *a, const u8 *b)
+{
+    const u64 *x = (const u64 *)a, *y = (const u64 *)b;
+    return x[0] == y[0] && x[1] == y[1];
 }
 
 INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
@@ -101,8 +127,8 @@ INLINE void describe(struct news *n, const struct flow_key *name, const struct f
     n->kind = kind;
 }
 
-/* Makes a flow for its first packet, a SYN or datagram. Its SNAT port in network order; 0: the engine is to do it. */
-static __attribute__((noinline)) u32 make_flow(const struct packet *p, const struct record *r, u32 number, u64 now)
+/* Makes a flow for its first packet, a SYN or datagram: `flow` of `scratch`. 0: the engine is to do it. */
+static __attribute__((noinline)) int make_flow(const struct packet *p, const struct record *r, u32 number, u64 now)
 {
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
@@ -118,14 +144,17 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     if (!n)
         return 0;
 
-    name_answers(s, p, b, r);
+    u32 at = 0, port = 0;
+    if (!name_answers(s, p, b, r, &at)) {
+        ring_discard(n, 0);
+        return 0;
+    }
     s->other.last_seen = now;
     s->other.backend = number;
     s->other.service = r->service;
     s->other.flags = FLOW_BOUND | FLOW_KEPT;
     copy_address(s->other.client, p->src);
     s->other.client_port = p->src_port;
-    u32 at = first_port(p, r, b), port = 0;
     for (int i = 0; i < MAKE_PROBES; i++) {
         s->answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
         long failed = map_update(bound_table, &s->answers, &s->other, BPF_NOEXIST);
@@ -149,7 +178,7 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     s->flow.flags = FLOW_BOUND | FLOW_KEPT;
     s->flow.progress = p->protocol == PROTO_UDP ? STATE_UDP : STATE_SYN_SENT;
     s->flow.snat_port = (u16)port;
-    copy_address(s->flow.snat, r->snat);
+    copy_address(s->flow.snat, s->answers.snat);
     if (map_update(flow_table, &s->name, &s->flow, BPF_NOEXIST)) {
         /* Another processor has another first packet of it, or there is no room. */
         map_delete(bound_table, &s->answers);
@@ -159,7 +188,7 @@ static __attribute__((noinline)) u32 make_flow(const struct packet *p, const str
     t->made++;
     describe(n, &s->name, &s->flow, *word_of(&s->flow), now, NEWS_OPENED);
     tell(c, n);
-    return port;
+    return 1;
 }
 
 /* The backend's side of a flow. */
@@ -210,9 +239,10 @@ static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct pa
     if (silent >= r->reopen || !reopens(WORD_PROGRESS(before)))
         return 0;
 
-    name_answers(s, p, b, r);
     struct bound *other = 0;
-    u32 at = first_port(p, r, b);
+    u32 at = 0;
+    if (!name_answers(s, p, b, r, &at) || !is_address(s->answers.snat, f->snat))
+        return 0;
     for (int i = 0; i < MAKE_PROBES; i++) {
         s->answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
         struct bound *there = map_lookup(bound_table, &s->answers);

@@ -41,6 +41,7 @@ pub struct Path {
     kernel: Option<(Kernel, Filler, News)>,
     mode: Mode,
     protocol: Protocol,
+    sources: u8,
     revision: u64,
     up: u64,
 }
@@ -110,13 +111,18 @@ impl Path {
             let filler = Filler::new(Arc::clone(maps));
             (kernel, filler, news)
         });
-        Path { engine, kernel, mode, protocol, revision: 0, up: 0 }
+        Path { engine, kernel, mode, protocol, sources: 1, revision: 0, up: 0 }
+    }
+
+    /// So many SNAT addresses, from the next plan on.
+    pub fn set_sources(&mut self, sources: u8) {
+        self.sources = sources;
     }
 
     /// Puts a plan with these backends in force.
     pub fn install(&mut self, backends: &[BackendPlan]) {
         self.revision += 1;
-        let plan = plan(self.revision, self.mode, self.protocol, backends);
+        let plan = plan(self.revision, (self.mode, self.protocol), self.sources, backends);
         let tables = compile(plan, Some(self.engine.tables())).unwrap();
         self.engine.swap(Arc::new(tables), BootTime::now());
         if let Some((_, filler, _)) = &mut self.kernel {
@@ -255,13 +261,14 @@ pub fn backend(number: u8) -> BackendPlan {
     }
 }
 
-fn plan(revision: u64, mode: Mode, protocol: Protocol, backends: &[BackendPlan]) -> Plan {
+fn plan(revision: u64, (mode, protocol): (Mode, Protocol), sources: u8, backends: &[BackendPlan]) -> Plan {
+    let [a, b, c, first] = SNAT.octets();
     let group = GroupPlan {
         id: GROUP,
         name: "group".to_owned(),
         vips: vec![VIP.into()],
         inside_vips: vec![],
-        snat: vec![SNAT.into()],
+        snat: (0..sources).map(|n| Ipv4Addr::new(a, b, c, first + n).into()).collect(),
     };
     let service = ServicePlan {
         id: 1,

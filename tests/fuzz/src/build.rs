@@ -26,7 +26,8 @@ pub const OTHER_MAC: Mac = [2, 0, 0, 0, 0, 1];
 pub enum Place {
     Client(u8),
     Vip(bool),
-    Snat(bool),
+    /// Of the second group or the first; which.
+    Snat(bool, u8),
     InsideVip,
     Backend(u8),
     Host,
@@ -40,7 +41,7 @@ impl Place {
         let (net, host) = match self {
             Place::Client(n) => (9, u16::from(n % 8) + 1),
             Place::Vip(second) => (1, 100 + u16::from(second)),
-            Place::Snat(second) => (1, 110 + u16::from(second)),
+            Place::Snat(second, n) => (1, 110 + u16::from(second) + u16::from(n % SECOND_SNATS)),
             Place::InsideVip => (2, 100),
             Place::Backend(n) => (2, u16::from(n % 6) + 10),
             Place::Host => (1, 2),
@@ -102,6 +103,9 @@ pub struct ServiceSpec {
     pub backends: Vec<BackendSpec>,
 }
 
+/// SNAT addresses of each family that the second group has: more than are tried for a flow.
+const SECOND_SNATS: u8 = 6;
+
 /// Two groups: 1 holds what is numbered first, 2 the rest.
 pub const GROUPS: [u32; 2] = [1, 2];
 
@@ -112,7 +116,7 @@ pub fn plan(revision: u64, services: &[ServiceSpec]) -> Plan {
         name: format!("g{}", u8::from(second)),
         vips: both(Place::Vip(second)),
         inside_vips: if second { vec![] } else { both(Place::InsideVip) },
-        snat: both(Place::Snat(second)),
+        snat: (0..if second { SECOND_SNATS } else { 1 }).flat_map(|n| both(Place::Snat(second, n))).collect(),
     };
     Plan {
         revision,

@@ -41,7 +41,10 @@ pub fn sealed(data: &[u8]) {
     guard.accept(&opened).expect("the first time");
     guard.accept(&opened).expect_err("the second time");
     assert!(sealer.open(Kind::Beat, b"other", &honest).is_err(), "opened by whom it was not for");
-    let Some((at, flip)) = data.first_chunk::<2>().map(|[at, flip]| (usize::from(*at) % honest.len(), *flip)) else { return };
+    let Some((at, flip)) = data.first_chunk::<2>().map(|[at, flip]| (usize::from(*at) % honest.len(), *flip))
+    else {
+        return;
+    };
     honest[at] ^= flip;
     assert_eq!(sealer.open(Kind::Beat, b"to", &honest).is_ok(), flip == 0);
 }

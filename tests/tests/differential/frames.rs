@@ -106,7 +106,7 @@ fn request(rng: &mut Rng, plan: &Plan, super_frames: bool) -> Frame {
     }
     if rng.one_in(40) {
         to.set_ip(
-            rng.of(&[Place::Snat(false), Place::InsideVip, Place::Host, Place::Backend(1)]).address(v6),
+            rng.of(&[Place::Snat(false, 0), Place::InsideVip, Place::Host, Place::Backend(1)]).address(v6),
         );
     }
     let port = if rng.one_in(20) { Port::Inside } else { Port::Service };
@@ -216,7 +216,7 @@ fn ours(rng: &mut Rng) -> Place {
     let b = rng.one_in(2);
     match rng.weighted(&[4, 3, 2, 1, 1]) {
         0 => Place::Vip(b),
-        1 => Place::Snat(b),
+        1 => Place::Snat(b, rng.byte()),
         2 => Place::InsideVip,
         3 => Place::Host,
         _ => Place::Any(rng.next() as u16),

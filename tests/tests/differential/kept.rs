@@ -187,3 +187,34 @@ fn flows_of_datagrams_that_nobody_answers_have_all_ports() {
         assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
     }
 }
+
+#[test]
+fn flows_of_several_snat_addresses_are_made_and_opened_again_too() {
+    for hook in HOOKS {
+        const FLOWS: u32 = 3000;
+        const SOURCES: u8 = 7;
+        let mut path = Path::new(Some(hook), Mode::Nat, 1 << 14);
+        path.set_sources(SOURCES);
+        path.install(&(1..=3).map(backend).collect::<Vec<_>>());
+        for flow in 0..FLOWS {
+            let first = whole_connection(&mut path, flow, flow % 2 == 0);
+            let second = whole_connection(&mut path, flow, flow % 3 == 0);
+            assert_eq!(source(&first), source(&second), "{hook:?}: nothing has changed meanwhile");
+        }
+        assert_eq!((path.went_up(), path.remembered()), (0, u64::from(FLOWS)), "{hook:?}");
+        let mut by_address: BTreeMap<_, u32> = BTreeMap::new();
+        for (_, snat) in path.bindings() {
+            *by_address.entry(snat.ip()).or_default() += 1;
+        }
+        assert_eq!(by_address.len(), usize::from(SOURCES), "{hook:?}: {by_address:?}");
+        let share = FLOWS / u32::from(SOURCES);
+        assert!(by_address.values().all(|n| n.abs_diff(share) < share / 2), "{hook:?}: {by_address:?}");
+        // One address less: what it had stays in use, new flows have the others.
+        path.set_sources(SOURCES - 1);
+        path.install(&(1..=3).map(backend).collect::<Vec<_>>());
+        for flow in FLOWS..2 * FLOWS {
+            path.connect(flow);
+        }
+        assert_eq!(path.went_up(), 0, "{hook:?}");
+    }
+}

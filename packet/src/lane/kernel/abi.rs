@@ -172,10 +172,14 @@ plain! {
         id: u32,
         /// A closing flow that was silent for so long is not opened again by the program, in nanoseconds.
         reopen: u64,
-        /// The one SNAT address of a service with [`RECORD_MAKES`].
+        /// The first SNAT address of a service with [`RECORD_MAKES`].
         snat: [u8; 16],
+        /// How many it has.
+        snat_count: u32,
+        /// Index of the table of them in `slots`, where it has more than one: a word of an address in each slot.
+        snats: u32,
         /// Zero.
-        reserved: [u64; 2],
+        reserved: u64,
     }
     /// `struct place_entry`: a cell of a generation's table.
     PlaceEntry: 128 {

@@ -91,20 +91,27 @@ struct Filled {
     backends: Box<[(u32, bool)]>,
     current_at: u32,
     base_at: u32,
+    /// SNAT addresses that the program makes flows with, and the place of the table of them where they are several.
+    sources: Box<[IpAddr]>,
+    sources_at: Option<u32>,
 }
 
 impl Filled {
-    fn is_of(&self, service: &Service, backends: &[(u32, bool)]) -> bool {
+    fn is_of(&self, service: &Service, backends: &[(u32, bool)], sources: &[IpAddr]) -> bool {
         let same_base = match (&self.base, service.base()) {
             (None, None) => true,
             (Some(a), Some(b)) => Arc::ptr_eq(a, b),
             _ => false,
         };
-        Arc::ptr_eq(&self.current, service.current()) && same_base && *self.backends == *backends
+        Arc::ptr_eq(&self.current, service.current())
+            && same_base
+            && *self.backends == *backends
+            && *self.sources == *sources
     }
 
     fn places(&self) -> impl Iterator<Item = u32> {
-        [Some(self.current_at), self.base.as_ref().map(|_| self.base_at)].into_iter().flatten()
+        let base = self.base.as_ref().map(|_| self.base_at);
+        [Some(self.current_at), base, self.sources_at].into_iter().flatten()
     }
 }
 
@@ -113,6 +120,9 @@ const WAITING_ENTRY: u32 = 2;
 
 /// The program opens no closing flow again that the engine may forget within so long: by then it has learned of it.
 const REOPEN_MARGIN: Duration = Duration::from_secs(1);
+
+/// SNAT addresses of a service that the program makes flows with: their lower ports are counted in 32 bits. More than a group can have.
+const MAX_SOURCES: usize = 1024;
 
 /// Tables written at once: each holds a descriptor until then.
 const BATCH: usize = 128;
@@ -171,18 +181,14 @@ impl Filler {
             }
             let pairs: Box<[(u32, bool)]> =
                 service.backends.iter().zip(numbers).map(|(b, &n)| (n, b.alive)).collect();
-            let tables = match self.filled.get(&number).filter(|f| f.is_of(service, &pairs)) {
+            let sources = made_from(&snapshot.tables, service);
+            let tables = match self.filled.get(&number).filter(|f| f.is_of(service, &pairs, sources)) {
                 _ if !fits => None,
                 Some(same) => Some(same.clone()),
-                None => self.write_tables(&mut writer, service, pairs, &mut installed)?,
+                None => self.write_tables(&mut writer, service, pairs, sources, &mut installed)?,
             };
             installed.without_room += usize::from(tables.is_none());
-            let mut record = record(service, number, tables.as_ref());
-            if let Some(snat) = made_from(&snapshot.tables, service, tables.is_some()) {
-                record.flags |= abi::RECORD_MAKES;
-                record.snat = abi::wide(snat);
-            }
-            entries.push((service_place(service), record));
+            entries.push((service_place(service), record(service, number, tables.as_ref())));
             if service.mode == Mode::NatTransparent {
                 answers(service, number, numbers, fits, &mut entries);
             }
@@ -232,9 +238,11 @@ impl Filler {
         writer: &mut Writer,
         service: &Service,
         backends: Box<[(u32, bool)]>,
+        sources: &[IpAddr],
         installed: &mut Installed,
     ) -> Result<Option<Filled>, KernelError> {
-        let wanted = 1 + usize::from(service.in_transition());
+        let several = sources.len() > 1;
+        let wanted = 1 + usize::from(service.in_transition()) + usize::from(several);
         if self.free.len() < wanted {
             return Ok(None);
         }
@@ -243,6 +251,7 @@ impl Filler {
         let mut place = || self.free.pop().expect("counted above");
         let current_at = place();
         let base_at = if base.is_some() { place() } else { 0 };
+        let sources_at = several.then(&mut place);
         let slot = |maglev: &Maglev, i: u32| {
             maglev.at(i).and_then(|b| backends.get(usize::from(b))).map_or(0, |&(number, alive)| {
                 (number + 1) & abi::SLOT_NUMBER | if alive { abi::SLOT_ALIVE } else { 0 }
@@ -257,8 +266,12 @@ impl Filler {
         if let Some(base) = base {
             writer.write(base_at, base.maglev().size(), |i| slot(base.maglev(), i))?;
         }
+        if let Some(at) = sources_at {
+            let words: Vec<u32> = sources.iter().flat_map(|a| words_of(*a)).collect();
+            writer.write(at, words.len() as u32, |i| words[i as usize])?;
+        }
         let (current, base) = (Arc::clone(current), base.cloned());
-        Ok(Some(Filled { current, base, backends, current_at, base_at }))
+        Ok(Some(Filled { current, base, backends, current_at, base_at, sources: sources.into(), sources_at }))
     }
 
     /// The one write that puts a generation in force. Returns when no program sees the old one any more.
@@ -402,6 +415,14 @@ fn service_place(service: &Service) -> Place {
     }
 }
 
+/// An address as the program reads it, word by word.
+fn words_of(address: IpAddr) -> [u32; 4] {
+    let bytes = abi::wide(address);
+    std::array::from_fn(|i| {
+        u32::from_ne_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+    })
+}
+
 fn record(service: &Service, number: u32, tables: Option<&Filled>) -> Record {
     let mut flags = 0;
     let mut set = |flag: u16, on: bool| flags |= if on { flag } else { 0 };
@@ -410,6 +431,8 @@ fn record(service: &Service, number: u32, tables: Option<&Filled>) -> Record {
     set(abi::RECORD_TRACKS_ALL, service.tracks_all);
     set(abi::RECORD_KEEP, service.dead_backend == DeadBackend::Keep);
     set(abi::RECORD_UP, tables.is_none());
+    let sources = tables.map_or(&[][..], |t| &t.sources);
+    set(abi::RECORD_MAKES, !sources.is_empty());
     let base = tables.and_then(|t| Some((t.base_at, t.base.as_ref()?.maglev().size())));
     Record {
         group: service.group,
@@ -427,24 +450,30 @@ fn record(service: &Service, number: u32, tables: Option<&Filled>) -> Record {
         vip: abi::wide(service.vip),
         vip_port: service.port.to_be_bytes(),
         id: service.id,
+        snat: sources.first().map_or([0; 16], |first| abi::wide(*first)),
+        snat_count: sources.len() as u32,
+        snats: tables.and_then(|t| t.sources_at).unwrap_or_default(),
         reopen: CLOSED_IDLE.min(service.idle).saturating_sub(REOPEN_MARGIN).as_nanos() as u64,
         ..Record::zeroed()
     }
 }
 
-/// The SNAT address of a service whose new flows the program makes: full NAT, the backend chosen by hash, one address that has all the
-/// lower ports for it.
-fn made_from(tables: &Tables, service: &Service, fits: bool) -> Option<IpAddr> {
+/// The SNAT addresses of a service whose new flows the program makes, else none: full NAT, the backend chosen by hash, addresses that
+/// have all the lower ports for it.
+fn made_from<'a>(tables: &Tables, service: &'a Service) -> &'a [IpAddr] {
     let hashed = matches!(service.scheduler, Scheduler::Maglev | Scheduler::SourceIp);
-    if !fits || !hashed || service.mode != Mode::Nat {
-        return None;
+    if !hashed || service.mode != Mode::Nat || service.snat.len() > MAX_SOURCES {
+        return &[];
     }
-    let &[snat] = service.snat.as_slice() else { return None };
-    let taken = |s: &Service| {
-        s.vip == snat && s.protocol == service.protocol && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
+    let has_services = |snat: &IpAddr| {
+        let taken = |s: &Service| {
+            s.vip == *snat
+                && s.protocol == service.protocol
+                && (SNAT_PORT_MIN..SNAT_PORT_UPPER).contains(&s.port)
+        };
+        tables.owned(*snat).is_some_and(|o| o.vip) && tables.services().iter().any(taken)
     };
-    let taken = tables.owned(snat).is_some_and(|o| o.vip) && tables.services().iter().any(taken);
-    (!taken).then_some(snat)
+    if service.snat.iter().any(has_services) { &[] } else { &service.snat }
 }
 
 /// The places that answers of a `nat-transparent` service come from.
