@@ -62,6 +62,9 @@ pub enum Command {
         /// Process id of the daemon
         #[arg(long)]
         process: i32,
+        /// Number of the descriptor of its tether
+        #[arg(long)]
+        tether: i32,
         /// Address that it listens on for its peers
         #[arg(long)]
         listen: IpAddr,

@@ -49,7 +49,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, CliError> {
     let output = Output::new(cli.client.json);
     match cli.command {
         Command::Run { config } => local::run(&config),
-        Command::Executor { process, listen, leases } => Ok(crate::executor::run(process, listen, leases)),
+        Command::Executor { process, tether, listen, leases } => {
+            Ok(crate::executor::run(process, tether, listen, leases))
+        }
         Command::Check { config } => local::check(&output, &config),
         Command::Cleanup { config } => local::cleanup(&output, &config).map(|()| ExitCode::SUCCESS),
         Command::Demo => local::demo(&output),

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use komainu_cluster::will::WillMemory;
 
 use super::READY;
+use super::tether::Tether;
 
 /// How long to wait before another one is started in the place of one that ended, at first; twice as long after each that did not
 /// last, up to [`LONGEST_PAUSE`].
@@ -48,6 +49,7 @@ struct State {
 /// What it is started with.
 struct Recipe {
     will: Arc<WillMemory>,
+    tether: Tether,
     leases: Option<OwnedFd>,
     listen: IpAddr,
 }
@@ -60,13 +62,21 @@ impl Executor {
     /// The system has no memory for the will, or no thread.
     pub fn start(listen: IpAddr, leases: Option<&OwnedFd>) -> io::Result<Executor> {
         let will = Arc::new(WillMemory::new()?);
-        let recipe =
-            Recipe { will: will.clone(), leases: leases.map(OwnedFd::try_clone).transpose()?, listen };
+        let recipe = Recipe {
+            will: will.clone(),
+            tether: Tether::new()?,
+            leases: leases.map(OwnedFd::try_clone).transpose()?,
+            listen,
+        };
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
         let keeping = shared.clone();
-        let thread = std::thread::Builder::new()
-            .name("komainu-keeper".to_owned())
-            .spawn(move || keeping.keep(&recipe))?;
+        let thread = std::thread::Builder::new().name("komainu-keeper".to_owned()).spawn(move || {
+            // For as long as this thread lives, which is as long as the process does, or nobody is to say that it has died.
+            if let Err(e) = recipe.tether.hold() {
+                tracing::warn!("an executor will be slow to notice the death of this process: {e}");
+            }
+            keeping.keep(&recipe);
+        })?;
         Ok(Executor { shared, will, thread: Some(thread) })
     }
 
@@ -176,6 +186,7 @@ impl Recipe {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("komainu").arg("executor");
         command.arg("--process").arg(std::process::id().to_string());
+        command.arg("--tether").arg(self.tether.number().to_string());
         command.arg("--listen").arg(self.listen.to_string());
         command.stdin(File::from(self.will.fd().try_clone_to_owned()?)).stderr(Stdio::piped());
         match &self.leases {

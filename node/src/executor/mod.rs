@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `keeper` | the daemon's side: starts it, starts another when it ends, dismisses it at an orderly end |
 //! | `process` | the executor itself |
+//! | `tether` | tells at once that a thread of another process has ended |
 //! | `threads` | whether a process has a thread that may run again |
 //!
 //! **Why.** Silence is told from slowness by waiting; the kernel knows of a death at once. What dies can't speak, so somebody else
@@ -12,8 +13,8 @@
 //! service, with its memory locked and real-time priority where the machine allows.
 //!
 //! **What it does.** It waits until *no* thread of the daemon will ever run again: nothing is sent, and no lease renewed, from then
-//! on. The thread that started it is one of the first to end when the daemon is killed, and the kernel tells its children
-//! (`PR_SET_PDEATHSIG`, prctl(2)); then it looks at all of them (`/proc/PID/task/*/stat`). That every one has ended for good, and all of
+//! on. A thread of the daemon holds a lock that the kernel lets go of when it ends (`tether`); then it looks at all threads
+//! (`/proc/PID/task/*/stat`). That every one has ended for good, and all of
 //! its descriptors are closed, is told later (pidfd_open(2)): each packet socket takes the kernel some 10 ms to close, a device to which
 //! frames go up 20 ms and more, together more than a lease. Then, in this order: it takes the answering of ARP and neighbour discovery from the
 //! program in the kernel ([`komainu_packet::lane::kernel::Silencer`]), which goes on forwarding for what is left of the lease, as in
@@ -25,10 +26,11 @@
 //! leases run out and an election follows.
 //!
 //! **What it inherits.** Its standard input is the will's memory, its standard output the leases of the program in the kernel (or
-//! nothing), its standard error a pipe on which it says that it is ready, or why it can't be.
+//! nothing), a further descriptor the tether's memory, its standard error a pipe on which it says that it is ready, or why it can't be.
 
 mod keeper;
 mod process;
+mod tether;
 mod threads;
 
 pub use keeper::Executor;

@@ -1,8 +1,8 @@
 //! The executor itself: set up, wait, silence, tell, end.
 
-use std::io::{self, Write};
+use std::io::{self, PipeReader, Write};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,21 +11,21 @@ use komainu_cluster::will::{Letter, WillMemory};
 use komainu_packet::lane::kernel::Silencer;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::READY;
+use super::tether::Tether;
 use super::threads::Threads;
 
 /// Pauses after which everything is said again: loss on the cluster network is normal, and a receiver may be busy. Short at first,
 /// because somebody waits for it, and over long before a service manager clears up.
 const PAUSES_MS: [u64; 5] = [1, 2, 4, 8, 16];
 
-/// Waits for the end of process `daemon`, the parent, and does what is to be done then. `leases`: the program in the kernel has some.
-pub fn run(daemon: i32, listen: IpAddr, leases: bool) -> ExitCode {
+/// Waits for the end of process `daemon`, the parent, and does what is to be done then. `tether`: number of the descriptor of its
+/// tether; `leases`: the program in the kernel has some.
+pub fn run(daemon: i32, tether: RawFd, listen: IpAddr, leases: bool) -> ExitCode {
     let mut stderr = io::stderr();
-    match Watch::set_up(daemon, listen, leases) {
+    match Watch::set_up(daemon, tether, listen, leases) {
         Ok(watch) => {
             // Nobody reads it any more when the daemon is dead already.
             let _ = writeln!(stderr, "{READY}");
@@ -39,8 +39,6 @@ pub fn run(daemon: i32, listen: IpAddr, leases: bool) -> ExitCode {
     }
 }
 
-/// Tells that the thread which started this process has ended.
-const PARENT_ENDED: Signal = Signal::SIGUSR1;
 /// Pause between two looks at the threads of a daemon of which one has ended, and how often it is looked.
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 const LOOKS: usize = 2_000;
@@ -48,9 +46,9 @@ const LOOKS: usize = 2_000;
 struct Watch {
     /// Readable when the daemon has ended, all of it.
     daemon: OwnedFd,
-    /// Readable when the thread that started this process has ended: soon after the daemon was killed, where `daemon` takes until
-    /// all of its sockets are closed.
-    thread: SignalFd,
+    /// Readable when a certain thread of it has ended: at once when the daemon was killed, where `daemon` takes until all of its
+    /// sockets are closed.
+    thread: PipeReader,
     threads: Threads,
     will: WillMemory,
     silencer: Option<Silencer>,
@@ -59,7 +57,7 @@ struct Watch {
 
 impl Watch {
     /// Gets everything that could be refused before it is needed.
-    fn set_up(daemon: i32, listen: IpAddr, leases: bool) -> io::Result<Watch> {
+    fn set_up(daemon: i32, tether: RawFd, listen: IpAddr, leases: bool) -> io::Result<Watch> {
         let told = |what: &'static str| move |e: io::Error| io::Error::other(format!("{what}: {e}"));
         for ignored in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
             // SAFETY: ignoring a signal runs no handler.
@@ -75,7 +73,7 @@ impl Watch {
         // Not the daemon's own address: the next one must be able to listen there at once.
         let socket = UdpSocket::bind(SocketAddr::new(listen, 0)).map_err(told("a socket"))?;
         socket.set_nonblocking(true)?;
-        let thread = watch_thread().map_err(|e| told("watch the daemon's thread")(e.into()))?;
+        let thread = watch_tether(tether).map_err(told("the tether"))?;
         let threads = Threads::of(daemon);
         let watch = Watch { daemon: watch_parent(daemon)?, thread, threads, will, silencer, socket };
         // What is needed later is in memory now.
@@ -103,12 +101,18 @@ impl Watch {
 
     /// Waits until no thread of the daemon will ever run again. False: that can't be told.
     fn wait(&self) -> bool {
-        // How often the threads are still to be looked at: one has ended, and the others may be about to, or not.
-        let mut looks = 0;
+        let mut looks = None;
         loop {
-            let timeout = if looks == 0 { PollTimeout::NONE } else { PollTimeout::ZERO };
-            let fds = [self.daemon.as_fd(), self.thread.as_fd()];
-            let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let mut fds = vec![PollFd::new(self.daemon.as_fd(), PollFlags::POLLIN)];
+            let timeout = match looks {
+                // A thread has ended, and the others may be about to, or not.
+                Some(1..) => PollTimeout::ZERO,
+                Some(0) => PollTimeout::NONE,
+                None => {
+                    fds.push(PollFd::new(self.thread.as_fd(), PollFlags::POLLIN));
+                    PollTimeout::NONE
+                }
+            };
             match poll(&mut fds, timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(_) => return false,
@@ -116,14 +120,14 @@ impl Watch {
             if fds[0].any() == Some(true) {
                 return true;
             }
-            if let Ok(Some(_)) = self.thread.read_signal() {
-                looks = LOOKS;
+            if fds.get(1).is_some_and(|fd| fd.any() == Some(true)) {
+                looks = Some(LOOKS);
             }
-            if looks > 0 {
+            if let Some(left @ 1..) = looks {
                 if self.threads.have_ended() {
                     return true;
                 }
-                looks -= 1;
+                looks = Some(left - 1);
                 std::thread::sleep(LOOK_AGAIN);
             }
         }
@@ -142,14 +146,18 @@ fn inherited(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     fd.try_clone_to_owned()
 }
 
-/// A descriptor that is readable when the thread that started this process has ended.
-fn watch_thread() -> nix::Result<SignalFd> {
-    let mut signals = SigSet::empty();
-    signals.add(PARENT_ENDED);
-    signals.thread_block()?;
-    let fd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    set_pdeathsig(PARENT_ENDED)?;
-    Ok(fd)
+/// A descriptor that is readable when whoever holds the tether has ended.
+fn watch_tether(tether: RawFd) -> io::Result<PipeReader> {
+    // SAFETY: the daemon says that this descriptor was left for us, and nobody else here has it.
+    let tether = Tether::open(unsafe { OwnedFd::from_raw_fd(tether) })?;
+    let (reader, writer) = io::pipe()?;
+    std::thread::Builder::new().name("komainu-tether".to_owned()).spawn(move || {
+        // Where it can't be told, the end of the whole daemon still can.
+        if tether.wait().is_err() {
+            std::mem::forget(writer);
+        }
+    })?;
+    Ok(reader)
 }
 
 /// A descriptor that is readable when the parent has ended, all threads of it.
