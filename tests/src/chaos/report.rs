@@ -40,6 +40,21 @@ impl Distribution {
     }
 }
 
+/// The middle and the far end of a distribution.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ends {
+    /// As in [`Distribution`].
+    pub median: u64,
+    /// As there.
+    pub max: u64,
+}
+
+impl From<Distribution> for Ends {
+    fn from(d: Distribution) -> Ends {
+        Ends { median: d.median, max: d.max }
+    }
+}
+
 /// Connections of one mode, over all rounds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connections {
@@ -81,7 +96,7 @@ pub struct Entry {
     /// First gap after the fault, by round.
     pub first_gap_ms: Option<Distribution>,
     /// Datagrams lost, by round.
-    pub lost_per_round: Distribution,
+    pub lost_per_round: Ends,
     /// Longest time without a new TCP connection, by round.
     pub tcp_gap_ms: Distribution,
     /// New TCP connections begun, all rounds together.
@@ -98,8 +113,8 @@ pub struct Entry {
     pub two_owners_ms: u64,
     /// Longest time after a cut began to be healed in which two hosts still did.
     pub two_owners_after_ms: u64,
-    /// What a round took, on average; the building of the lab not counted.
-    pub seconds_per_round: f64,
+    /// What a round took, on average; the building of the lab not counted. Absent in old entries.
+    pub seconds_per_round: Option<f64>,
     /// What was not as it must be, in words; empty when the case has passed.
     pub wrong: Vec<String>,
 }
@@ -153,7 +168,7 @@ impl Entry {
             rounds: rounds.len(),
             gap_ms: Distribution::of(rounds.iter().map(|r| r.gap_ms)),
             first_gap_ms: Some(Distribution::of(rounds.iter().map(|r| r.first_gap_ms))),
-            lost_per_round: Distribution::of(rounds.iter().map(|r| r.lost)),
+            lost_per_round: Distribution::of(rounds.iter().map(|r| r.lost)).into(),
             tcp_gap_ms: Distribution::of(rounds.iter().map(|r| r.tcp_gap_ms)),
             tcp_begun: rounds.iter().map(|r| r.tcp_begun).sum(),
             tcp_errors: rounds.iter().map(|r| r.tcp_failed).sum(),
@@ -162,8 +177,9 @@ impl Entry {
             by_mode,
             two_owners_ms: rounds.iter().map(|r| r.two_owners_ms).max().unwrap_or_default(),
             two_owners_after_ms: rounds.iter().map(|r| r.two_owners_after_ms).max().unwrap_or_default(),
-            seconds_per_round: rounds.iter().map(|r| r.took.total().as_secs_f64()).sum::<f64>()
-                / rounds.len().max(1) as f64,
+            seconds_per_round: Some(
+                rounds.iter().map(|r| r.took.total().as_secs_f64()).sum::<f64>() / rounds.len().max(1) as f64,
+            ),
             wrong: Vec::new(),
         };
         for (number, round) in rounds.iter().enumerate() {
@@ -244,19 +260,18 @@ impl Entry {
     /// One line for whoever watches.
     pub fn line(&self) -> String {
         format!(
-            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms, the first {:?} | lost {}/{}/{} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
+            "{:<20} {:<17} {:<11} {:<7} {:>3} rounds of {:.1} s | gap {}/{}/{} ms, the first {:?} | lost {}/{} | tcp gap {}/{}/{} ms, {} errors | {} of {} connections broke | two owners {} ms, {} ms after",
             self.case,
             self.subject(),
             self.cluster.as_deref().unwrap_or_default(),
             self.profile.as_deref().unwrap_or_default(),
             self.rounds,
-            self.seconds_per_round,
+            self.seconds_per_round.unwrap_or_default(),
             self.gap_ms.median,
             self.gap_ms.p95,
             self.gap_ms.max,
             self.first_gap_ms.map(|d| (d.median, d.p95, d.max)).unwrap_or_default(),
             self.lost_per_round.median,
-            self.lost_per_round.p95,
             self.lost_per_round.max,
             self.tcp_gap_ms.median,
             self.tcp_gap_ms.p95,
