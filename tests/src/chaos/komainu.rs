@@ -266,7 +266,15 @@ impl Contender for Komainu {
     }
 
     fn renew(&mut self) -> Result<()> {
-        Ok(self.cluster.apply("lb1", &self.text(None))?)
+        self.cluster.apply("lb1", &self.text(None))?;
+        // A document that says nothing of it leaves a backend drained.
+        for service in self.cluster.status("lb1")?.services {
+            for backend in service.backends.iter().filter(|b| b.admin != "enabled") {
+                let name = format!("{}/{}", service.name, backend.name);
+                self.cluster.cli_ok("lb1", &["backend", "enable", &name])?;
+            }
+        }
+        Ok(())
     }
 
     fn lane(&self) -> Option<String> {

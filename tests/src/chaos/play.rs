@@ -161,6 +161,11 @@ impl Scene<'_> {
             .iter()
             .filter_map(|s| Some(format!("{}/{}", s.name, s.backends.first()?.name)))
             .collect();
+        if let Some(before) =
+            cluster.status(&through)?.services.iter().flat_map(|s| &s.backends).find(|b| b.admin != "enabled")
+        {
+            bail!("{} is {} before anything was drained", before.name, before.admin);
+        }
         for backend in &drained {
             cluster.cli_ok(&through, &["backend", "drain", backend])?;
         }
