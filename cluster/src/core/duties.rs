@@ -112,7 +112,7 @@ impl Core {
             ));
         }
         let heard = self.lock().peer(node.id).filter(|p| p.alive).map(|p| p.identity);
-        if let Some(said) = heard.filter(|said| *said != node) {
+        if let Some(said) = heard.filter(|said| **said != node) {
             return impossible(format!(
                 "node {} says of itself that it is {} \"{}\" at {}: join it as that, or correct its node file",
                 said.id.0, said.role, said.name, said.address

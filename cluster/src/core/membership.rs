@@ -86,11 +86,11 @@ impl Core {
             );
         }
         if let Some(p) = present.iter().find(|p| self.to_promote(p)) {
-            let member = Member { raft_id: p.raft_id.0, node: p.identity.clone(), voter: true };
+            let member = Member { raft_id: p.raft_id.0, node: (*p.identity).clone(), voter: true };
             return self.reconfigure_one(ConfChangeType::AddNode, p.raft_id, Change::MemberPut { member });
         }
         if let Some(p) = present.iter().find(|p| self.to_admit(p)) {
-            let member = Member { raft_id: p.raft_id.0, node: p.identity.clone(), voter: false };
+            let member = Member { raft_id: p.raft_id.0, node: (*p.identity).clone(), voter: false };
             return self.reconfigure_one(
                 ConfChangeType::AddLearnerNode,
                 p.raft_id,
@@ -157,7 +157,7 @@ impl Core {
             return false;
         }
         // As what it was asked for: another machine with this number is not meant.
-        let asked_for = self.state.joining.iter().any(|j| j.node == p.identity);
+        let asked_for = self.state.joining.iter().any(|j| j.node == *p.identity);
         let member = self.state.members.iter().any(|m| m.node.id == id);
         let configured = self.config.peers.iter().any(|c| c.id == id);
         // One with a store of this cluster whose node is no member was removed, and stays so until an operator asks.

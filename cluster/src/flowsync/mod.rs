@@ -62,9 +62,10 @@ pub const MAX_PENDING: usize = 1 << 17;
 const DUMP_BELOW: usize = 4096;
 /// How long a change waits for others to share its datagram, against 80 bytes of seal and headers for each: what an owner's death
 /// may take with it. It is counted from the datagram before, so that one that comes alone waits for nothing.
-pub const GATHER: Duration = Duration::from_millis(10);
-/// The same for changes that a node can't do without when it takes over ([`Urgency::Soon`]).
-pub const GATHER_SOON: Duration = Duration::from_millis(1);
+pub const GATHER: Duration = Duration::from_millis(20);
+/// The same for changes that a node can't do without when it takes over ([`Urgency::Soon`]): so long that a thousand new
+/// connections a second don't take a datagram each, and no longer, because one that is younger dies with its owner.
+pub const GATHER_SOON: Duration = Duration::from_micros(200);
 /// An acknowledgement waits for others at most so long, or for [`ACK_EVERY`] datagrams.
 const ACK_DELAY: Duration = Duration::from_millis(40);
 const ACK_EVERY: u64 = 16;

@@ -18,8 +18,11 @@
 //! | … | changes, to the end |
 //!
 //! A change is a byte of flags ([`flag`]), then what they don't say to be as in the change before it, in the order service (v),
-//! client (4 or 16 bytes), its port; for a known flow backend (v), progress (1 byte), SNAT address, SNAT port. The end of a flow
+//! client, its port; for a known flow backend (v), progress (1 byte), SNAT address, SNAT port. The end of a flow
 //! that has a SNAT port says service, backend, SNAT address and port instead: over IPv6 4 bytes and not 19.
+//!
+//! An address is 4 bytes of IPv4; or of IPv6 a byte that says how many leading bytes, 15 at most, are those of the address in the
+//! same field before it (`::` where there was none, or one of IPv4), and then the others.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -28,14 +31,16 @@ use komainu_proto::domain::{BackendId, GroupId, NodeId, ServiceId};
 use super::{Binding, Change, MAX_LEN, Name, Owned, Record};
 use crate::seal::Session;
 
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const BEGINS: u8 = 1;
 const COMPLETE: u8 = 2;
 const URGENT: u8 = 4;
+/// Leading bytes of an IPv6 address that are not said again: an address that is the same whole has a flag for that.
+const MAX_SAME: usize = 15;
 /// Groups in one datagram: as many as a document can hold.
 const MAX_SCOPE: usize = crate::state::MAX_GROUPS;
 /// Longest change: flags, three numbers of up to five bytes less one, two IPv6 addresses, two ports, progress.
-const MAX_CHANGE_LEN: usize = 1 + 5 + 16 + 2 + 5 + 1 + 16 + 2;
+const MAX_CHANGE_LEN: usize = 1 + 5 + 17 + 2 + 5 + 1 + 17 + 2;
 
 /// Flags of a change.
 mod flag {
@@ -229,7 +234,7 @@ impl Writer {
             put_number(out, u64::from(name.service.0));
         }
         if flags & flag::SAME_CLIENT == 0 {
-            put_address(out, name.client.ip());
+            put_address(out, name.client.ip(), self.context.client);
         }
         out.extend_from_slice(&name.client.port().to_be_bytes());
         if let Some(r) = record {
@@ -241,7 +246,7 @@ impl Writer {
             }
             if let Some(snat) = r.snat {
                 if flags & flag::SAME_SNAT == 0 {
-                    put_address(out, snat.ip());
+                    put_address(out, snat.ip(), self.context.snat);
                 }
                 out.extend_from_slice(&snat.port().to_be_bytes());
             }
@@ -259,7 +264,7 @@ impl Writer {
             put_number(out, u64::from(binding.backend.0));
         }
         if flags & flag::SAME_SNAT == 0 {
-            put_address(out, binding.snat.ip());
+            put_address(out, binding.snat.ip(), self.context.snat);
         }
         out.extend_from_slice(&binding.snat.port().to_be_bytes());
     }
@@ -309,10 +314,23 @@ fn put_number(out: &mut Vec<u8>, mut n: u64) {
     out.push(n as u8);
 }
 
-fn put_address(out: &mut Vec<u8>, address: IpAddr) {
+fn put_address(out: &mut Vec<u8>, address: IpAddr, before: Option<IpAddr>) {
     match address {
         IpAddr::V4(a) => out.extend_from_slice(&a.octets()),
-        IpAddr::V6(a) => out.extend_from_slice(&a.octets()),
+        IpAddr::V6(a) => {
+            let (a, before) = (a.octets(), v6_octets(before));
+            let same = a.iter().zip(&before).take(MAX_SAME).take_while(|(a, b)| a == b).count();
+            out.push(same as u8);
+            out.extend_from_slice(&a[same..]);
+        }
+    }
+}
+
+/// What an IPv6 address is told by.
+fn v6_octets(before: Option<IpAddr>) -> [u8; 16] {
+    match before {
+        Some(IpAddr::V6(a)) => a.octets(),
+        Some(IpAddr::V4(_)) | None => [0; 16],
     }
 }
 
@@ -355,12 +373,19 @@ impl<'a> Reader<'a> {
         u32::try_from(self.number()?).map_err(|_| WireError::Field(field))
     }
 
-    fn address(&mut self, v6: bool) -> Result<IpAddr, WireError> {
-        Ok(if v6 {
-            Ipv6Addr::from(self.array::<16>()?).into()
-        } else {
-            Ipv4Addr::from(self.array::<4>()?).into()
-        })
+    fn address(&mut self, v6: bool, before: Option<IpAddr>) -> Result<IpAddr, WireError> {
+        if !v6 {
+            return Ok(Ipv4Addr::from(self.array::<4>()?).into());
+        }
+        let same = usize::from(self.array::<1>()?[0]);
+        if same > MAX_SAME {
+            return Err(WireError::Field("address"));
+        }
+        let mut octets = v6_octets(before);
+        let (own, rest) = self.rest.split_at_checked(octets.len() - same).ok_or(WireError::Short)?;
+        octets[same..].copy_from_slice(own);
+        self.rest = rest;
+        Ok(Ipv6Addr::from(octets).into())
     }
 
     fn port(&mut self) -> Result<u16, WireError> {
@@ -393,7 +418,7 @@ impl<'a> Reader<'a> {
             Change::Unbound(Binding { service, backend, snat })
         } else {
             let address = match (has(flag::SAME_CLIENT), context.client) {
-                (false, _) => self.address(v6)?,
+                (false, _) => self.address(v6, context.client)?,
                 (true, Some(address)) if address.is_ipv6() == v6 => address,
                 (true, _) => return Err(WireError::Field("client")),
             };
@@ -428,7 +453,7 @@ impl<'a> Reader<'a> {
 
     fn snat(&mut self, same: bool, v6: bool, context: &Context) -> Result<SocketAddr, WireError> {
         let address = match (same, context.snat) {
-            (false, _) => self.address(v6)?,
+            (false, _) => self.address(v6, context.snat)?,
             (true, Some(address)) => address,
             (true, None) => return Err(WireError::Field("snat")),
         };

@@ -1,6 +1,7 @@
 //! The beat: what it says, and its form on the wire.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use komainu_proto::cluster as wire;
@@ -45,9 +46,9 @@ pub struct Beat {
     /// The receiver's newest beat that the sender accepted from it as a leader.
     pub echo: Option<Echo>,
     /// Who the sender is; its id is in `from`.
-    pub identity: NodeIdentity,
+    pub identity: Arc<NodeIdentity>,
     /// Version of the program.
-    pub version: String,
+    pub version: Arc<str>,
     /// Durations in force at the sender.
     pub timing: Timing,
     /// Log index that its replicated state has reached.
@@ -249,8 +250,8 @@ impl Beat {
             leading: w.leading,
             leader: (w.leader != 0).then_some(RaftId(w.leader)),
             echo: w.echo.map(|e| Echo { instance: e.instance, stamp: Instant(e.sent_ns), term: e.term }),
-            identity: NodeIdentity { id: from.node(), name: w.name, role, address },
-            version: w.version,
+            identity: Arc::new(NodeIdentity { id: from.node(), name: w.name, role, address }),
+            version: w.version.into(),
             timing: Timing {
                 beat: Duration::from_micros(t.beat_us),
                 lease: Duration::from_micros(t.lease_us),
@@ -341,13 +342,13 @@ mod tests {
             leading: true,
             leader: Some(RaftId::new(NodeId(7), u64::MAX)),
             echo: Some(Echo { instance: u64::MAX, stamp: Instant(u64::MAX), term: 1 << 20 }),
-            identity: NodeIdentity {
+            identity: Arc::new(NodeIdentity {
                 id: NodeId(7),
                 name: text.to_owned(),
                 role: Role::Balancer,
                 address: "[2001:db8:1111:2222:3333:4444:5555:6666]:65535".parse().unwrap(),
-            },
-            version: text.to_owned(),
+            }),
+            version: text.into(),
             timing: Timing::default(),
             applied: 1 << 40,
             installed: 1 << 40,

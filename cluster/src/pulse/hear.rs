@@ -59,7 +59,7 @@ impl Pulse {
         }
         if !self.timing.differences(&beat.timing).is_empty() {
             if self.mistimed.len() < MAX_PEERS || self.mistimed.contains_key(&node) {
-                self.mistimed.insert(node, (beat.identity.name, beat.timing));
+                self.mistimed.insert(node, (beat.identity.name.clone(), beat.timing));
                 self.refused_at.insert(node, self.now);
             }
             return Err(Ignored::OtherTiming);

@@ -38,6 +38,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use komainu_proto::domain::{BackendId, GroupId, Health, NodeId};
@@ -109,9 +110,9 @@ pub struct PeerView {
     /// Its Raft id.
     pub raft_id: RaftId,
     /// Who it says it is.
-    pub identity: NodeIdentity,
+    pub identity: Arc<NodeIdentity>,
     /// Version of its program.
-    pub version: String,
+    pub version: Arc<str>,
     /// Heard within the last beats.
     pub alive: bool,
     /// Hears this node too: while this node leads, it acknowledges its beats. Always true on a node that doesn't lead.
@@ -177,8 +178,8 @@ struct Bereaved {
 pub struct Pulse {
     timing: Timing,
     me: RaftId,
-    identity: NodeIdentity,
-    version: String,
+    identity: Arc<NodeIdentity>,
+    version: Arc<str>,
     instance: u64,
     cluster: u64,
     support: Option<NodeId>,
@@ -243,8 +244,8 @@ impl Pulse {
         let mut pulse = Pulse {
             timing: config.timing,
             me,
-            identity: config.identity.clone(),
-            version: config.version.clone(),
+            identity: Arc::new(config.identity.clone()),
+            version: config.version.as_str().into(),
             instance: config.instance,
             cluster,
             support: None,

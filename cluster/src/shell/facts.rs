@@ -114,7 +114,8 @@ impl Facts {
                 health: Some(pulse.self_health().clone()),
             };
         }
-        let named = || member.map(|m| m.node.clone()).or_else(|| heard.as_ref().map(|h| h.identity.clone()));
+        let named =
+            || member.map(|m| m.node.clone()).or_else(|| heard.as_ref().map(|h| (*h.identity).clone()));
         let node = named().unwrap_or_else(|| NodeIdentity {
             id,
             name: format!("node {}", id.0),
@@ -132,7 +133,7 @@ impl Facts {
             voter,
             alive: heard.as_ref().is_some_and(|h| h.alive),
             since_beat: heard.as_ref().map(|h| h.since_beat),
-            version: heard.as_ref().map(|h| h.version.clone()).unwrap_or_default(),
+            version: heard.as_ref().map(|h| h.version.to_string()).unwrap_or_default(),
             health: heard.map(|h| h.health),
         }
     }
