@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use komainu_proto::domain::{BackendId, GroupId, Health, NodeId, Role};
 
+use crate::flowsync::Owned;
 use crate::time::Instant;
 
 /// What this node may do for one VIP group, and until when, on this node's clock.
@@ -33,6 +34,11 @@ pub trait DataPath: Send + Sync {
     /// is handed over in order to one of them. Absent: this data path sends its flows to nobody, and nobody need have them.
     fn followers(&self) -> Option<Vec<NodeId>> {
         None
+    }
+    /// Groups of which this node was told all remembered flows, and under which epoch their owner had them. An owner that was started
+    /// anew has none of its own any more.
+    fn told(&self) -> Vec<Owned> {
+        Vec::new()
     }
 }
 

@@ -9,6 +9,7 @@
 //! | silent, grant running | | wait: it may come back |
 //! | silent, grant run out | a node | assign |
 //! | silent, grant run out | nobody | record that it has no owner |
+//! | was started anew | | it gave up what it had, with the flows: assign, to one that was told them if there is one |
 //!
 //! The rule: what an operator wants (switchover) before the preferred node (when there is no owner, or with `preempt`
 //! once that node has been steady), before whoever has it, before the balancer with the fewest groups.
@@ -232,7 +233,15 @@ impl Director {
             Some(owner) => pulse.peer(owner).and_then(|p| p.followers),
             None => None,
         };
-        let target = choose(group, prefer, candidates, load, followers.as_deref());
+        let lost = self.lost_flows(group, pulse, followers.as_deref());
+        let heirs = if lost { self.heirs(group, candidates, pulse) } else { Vec::new() };
+        let target = match choose_heir(group, &heirs, candidates, load) {
+            Some(node) => Some(node),
+            None => choose(group, prefer, candidates, load, followers.as_deref()),
+        };
+        if lost && heirs.is_empty() && self.heirs_may_come(state, candidates, pulse, now) {
+            return None;
+        }
         if self.waits_for_flows(group, target, followers.as_deref(), pulse, now) {
             return None;
         }
@@ -272,6 +281,35 @@ impl Director {
             *load.entry(*node).or_default() += 1;
         }
         Some(change)
+    }
+
+    /// Whether the group's owner has given it up and has sent its flows to nobody: it was started anew, and begins without any.
+    fn lost_flows(&self, group: &GroupState, pulse: &Pulse, followers: Option<&[NodeId]>) -> bool {
+        let own = Ownership { group: group.id, epoch: group.epoch };
+        group.owner.is_some_and(|owner| pulse.is_given_up(owner, own))
+            && followers.is_none_or(<[_]>::is_empty)
+    }
+
+    /// Candidates that were told all flows by the process that the owner was before.
+    fn heirs(&self, group: &GroupState, candidates: &[Candidate], pulse: &Pulse) -> Vec<NodeId> {
+        let told = |c: &&Candidate| {
+            if c.node == pulse.raft_id().node() {
+                return pulse.told_by_owners().any(|g| g == group.id);
+            }
+            // By the epoch that the group has now, if that node has heard of it.
+            pulse
+                .peer(c.node)
+                .is_some_and(|p| p.applied >= group.assigned_index && p.told.contains(&group.id))
+        };
+        candidates.iter().filter(told).map(|c| c.node).collect()
+    }
+
+    /// Whether it is worth waiting for a balancer that may have a group's flows: after an election others are heard one after the
+    /// other.
+    fn heirs_may_come(&self, state: &State, candidates: &[Candidate], pulse: &Pulse, now: Instant) -> bool {
+        let balancers = state.members.iter().filter(|m| m.node.role == Role::Balancer).count();
+        candidates.len() < balancers
+            && self.quiet_since.is_some_and(|at| now.since(at) < pulse.timing().election_min)
     }
 
     /// Whether the group's owner works and its flows are not yet where they should be when the group is.
@@ -348,6 +386,20 @@ fn loads(state: &State) -> BTreeMap<NodeId, usize> {
         *load.entry(owner).or_default() += 1;
     }
     load
+}
+
+/// Whoever has the flows of an owner that has lost them, unless an operator wants the group elsewhere.
+fn choose_heir(
+    group: &GroupState,
+    heirs: &[NodeId],
+    candidates: &[Candidate],
+    load: &BTreeMap<NodeId, usize>,
+) -> Option<NodeId> {
+    let wish = group.wanted.as_ref();
+    let is_wanted =
+        |node: NodeId| wish.is_none_or(|w| w.node.is_none_or(|n| n == node) && w.not != Some(node));
+    let ready = candidates.iter().filter(|c| c.ready && heirs.contains(&c.node) && is_wanted(c.node));
+    ready.map(|c| c.node).min_by_key(|node| (load.get(node).copied().unwrap_or(0), *node))
 }
 
 /// The rule. Absent when nobody can own the group.

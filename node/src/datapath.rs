@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use komainu_cluster::api::{DataPath, LeaseUpdate};
+use komainu_cluster::flowsync::Owned;
 use komainu_cluster::state::State;
 use komainu_packet::lane::SharedLane;
 use komainu_packet::lease::Lease;
@@ -131,6 +132,10 @@ impl DataPath for LanePath {
 
     fn followers(&self) -> Option<Vec<NodeId>> {
         self.warm().map(Warm::followers)
+    }
+
+    fn told(&self) -> Vec<Owned> {
+        self.warm().map(Warm::told).unwrap_or_default()
     }
 }
 

@@ -187,7 +187,7 @@ impl Core {
             Some(r) => (Log::restored(r), SnapshotData::decode(&r.snapshot.data)?),
             None => (Log::new(), SnapshotData { cluster: 0, state: State::default() }),
         };
-        let pulse = Pulse::new(&config, me, data.cluster, log.hard_state().term, now.at);
+        let pulse = Pulse::new(&config, me, data.cluster, log.hard_state().term, log.last(), now.at);
         let election = Election::new(config.timing, config.identity.role, config.seed, now.at);
         let applied = log.newest_snapshot().get_metadata().index;
         let hard_state = log.hard_state().clone();

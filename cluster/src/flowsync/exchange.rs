@@ -35,6 +35,8 @@ pub struct Exchange {
     last_generation: u64,
     /// Under which epoch each group was told of last, and by whom: of each peer no more groups than one generation has.
     newest: BTreeMap<GroupId, (u64, NodeId)>,
+    /// Under which epoch all flows of a group were told last.
+    told: BTreeMap<GroupId, u64>,
 }
 
 #[derive(Debug)]
@@ -50,6 +52,8 @@ struct Link {
     reported_at: Option<Instant>,
     sending: Sending,
     receiving: Receiving,
+    /// Groups of which all flows will have been told once the work in hand is done.
+    completing: Vec<Owned>,
 }
 
 /// A datagram to be sealed and sent.
@@ -134,6 +138,7 @@ impl Exchange {
             next_mark: 1,
             last_generation: 0,
             newest: BTreeMap::new(),
+            told: BTreeMap::new(),
         }
     }
 
@@ -155,6 +160,7 @@ impl Exchange {
                 reported_at: None,
                 sending: Sending::after(self.last_generation),
                 receiving: Receiving::default(),
+                completing: Vec::new(),
             });
         }
     }
@@ -287,12 +293,14 @@ impl Exchange {
             };
             let stale: Vec<GroupId> = scope.iter().filter(is_stale).map(|o| o.group).collect();
             let mut steps = Vec::new();
+            link.completing.clear();
             if !data.changes.is_empty() {
                 steps.push(Step::Adopt(data.changes.clone()));
             }
             if data.complete {
                 let groups = scope.iter().map(|o| o.group).filter(|g| !stale.contains(g));
                 steps.push(Step::Sweep(groups.collect()));
+                link.completing = scope.iter().filter(|o| !stale.contains(&o.group)).copied().collect();
             }
             return Some(Work { peer, mark, steps, stale });
         }
@@ -303,7 +311,19 @@ impl Exchange {
     pub fn done(&mut self, peer: NodeId, now: Instant) {
         if let Some(link) = self.peers.get_mut(&peer) {
             link.receiving.applied(now);
+            for o in link.completing.drain(..) {
+                let epoch = self.told.entry(o.group).or_insert(o.epoch);
+                *epoch = (*epoch).max(o.epoch);
+            }
+            // Groups that nobody tells of any more are nobody's.
+            let newest = &self.newest;
+            self.told.retain(|group, _| newest.contains_key(group));
         }
+    }
+
+    /// Groups of which all flows were told, and the newest epoch under which they were.
+    pub fn told(&self) -> impl Iterator<Item = Owned> + '_ {
+        self.told.iter().map(|(&group, &epoch)| Owned { group, epoch })
     }
 
     /// Whether a peer has told something that tables of that index are enough for.

@@ -75,6 +75,9 @@ pub struct Beat {
     pub observations: Vec<Observation>,
     /// Nodes that have the remembered flows of the groups that the sender owns; absent: it sends them to nobody.
     pub followers: Option<Vec<NodeId>>,
+    /// Groups of which the sender was told all remembered flows, by the owner that they have by the state at `applied`; a leader
+    /// says nothing of it.
+    pub told: Vec<GroupId>,
     /// The sender's line; see [`crate::pair`].
     pub line: u64,
     /// The receiver's newest beat that came from another line than the sender's: who yields must know that it was heard.
@@ -214,6 +217,7 @@ impl Beat {
             followers: self.followers.as_ref().map(|nodes| wire::Followers {
                 nodes: nodes.iter().take(MAX_FOLLOWERS).map(|n| n.0).collect(),
             }),
+            told: self.told.iter().take(MAX_OWNERSHIPS).map(|g| g.0).collect(),
             line: self.line,
             met: self.met.map(|e| wire::Echo { instance: e.instance, sent_ns: e.stamp.0, term: e.term }),
         }
@@ -285,6 +289,7 @@ impl Beat {
                 .collect(),
             observations: observations.collect::<Result<_, BeatError>>()?,
             followers: w.followers.map(|f| f.nodes.into_iter().take(MAX_FOLLOWERS).map(NodeId).collect()),
+            told: w.told.into_iter().take(MAX_OWNERSHIPS).map(GroupId).collect(),
             line: w.line,
             met: w.met.map(|e| Echo { instance: e.instance, stamp: Instant(e.sent_ns), term: e.term }),
         })
@@ -370,6 +375,7 @@ mod tests {
             released: owned[..ownerships / 8].to_vec(),
             held: owned.iter().take(ownerships / 2).map(|&o| (o, Duration::from_millis(60))).collect(),
             followers: Some(vec![NodeId(65_535); 15]),
+            told: Vec::new(),
             line: 1 << 20,
             met: Some(Echo { instance: u64::MAX, stamp: Instant(u64::MAX), term: 1 << 20 }),
             observations: (0..observations)
@@ -397,6 +403,18 @@ mod tests {
         assert!(bytes.len() <= BEAT_MAX_BYTES, "{}", bytes.len());
         assert!(kept < MAX_OBSERVATIONS);
         assert_eq!(Beat::decode(&bytes).unwrap().grants, b.grants);
+    }
+
+    /// What only a leader says is not there, and the other way round.
+    #[test]
+    fn a_followers_beat_stays_below_its_limit_with_every_list_full() {
+        let full = beat(MAX_OWNERSHIPS, MAX_OBSERVATIONS, &"long name ".repeat(20));
+        let told = full.grants.iter().map(|o| o.group).collect();
+        let b =
+            Beat { leading: false, contact: None, grants: Vec::new(), releases: Vec::new(), told, ..full };
+        let (bytes, _) = b.encode();
+        assert!(bytes.len() <= BEAT_MAX_BYTES, "{}", bytes.len());
+        assert_eq!(Beat::decode(&bytes).unwrap().told, b.told);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use komainu_proto::domain::{BackendId, GroupId, Health, NodeId};
 
 use super::{Assignment, Pulse};
 use crate::api::{Observation, SelfHealth};
+use crate::flowsync::Owned;
 use crate::raft::RaftId;
 use crate::state::MAX_BACKENDS_TOTAL;
 use crate::time::Instant;
@@ -25,6 +26,14 @@ impl Pulse {
     pub fn set_followers(&mut self, followers: Option<Vec<NodeId>>) {
         if followers != self.followers {
             self.followers = followers;
+            self.prompt();
+        }
+    }
+
+    /// Whose flows this node's data path was told; see [`crate::api::DataPath::told`].
+    pub fn set_told(&mut self, told: Vec<Owned>) {
+        if told != self.told {
+            self.told = told;
             self.prompt();
         }
     }

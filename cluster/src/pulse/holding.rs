@@ -39,6 +39,8 @@ pub struct Assignment {
 pub(super) struct Holdings {
     me: NodeId,
     grace: Duration,
+    /// Assignments up to this log index are of an earlier process of this node.
+    stored_through: u64,
     assignments: BTreeMap<GroupId, Assignment>,
     /// Epoch and end of the newest grant. Kept also while the assignment has not been applied here yet.
     grants: BTreeMap<GroupId, (u64, Instant)>,
@@ -54,10 +56,11 @@ pub(super) struct Holdings {
 }
 
 impl Holdings {
-    pub(super) fn new(me: NodeId, grace: Duration) -> Self {
+    pub(super) fn new(me: NodeId, grace: Duration, stored_through: u64) -> Self {
         Holdings {
             me,
             grace,
+            stored_through,
             assignments: BTreeMap::new(),
             grants: BTreeMap::new(),
             released: BTreeMap::new(),
@@ -87,10 +90,19 @@ impl Holdings {
         }
         self.grants.retain(|g, (epoch, _)| assignments.get(g).is_none_or(|a| a.epoch <= *epoch));
         self.assignments = assignments;
+        // What an earlier process of this node had is not taken up again: its flows went with it, and another node may have
+        // them. The leader gives the group to that one, or to this one anew.
+        for (&group, a) in &self.assignments {
+            if a.node == Some(self.me) && a.index <= self.stored_through {
+                let epoch = self.released.entry(group).or_insert(a.epoch);
+                *epoch = (*epoch).max(a.epoch);
+            }
+        }
     }
 
     /// What was granted and given up under another line means nothing any more.
     pub(super) fn forget(&mut self) {
+        self.stored_through = 0;
         self.grants.clear();
         self.released.clear();
         self.yielded.clear();
@@ -249,7 +261,7 @@ mod tests {
     }
 
     fn holdings() -> Holdings {
-        Holdings::new(ME, Duration::from_secs(1))
+        Holdings::new(ME, Duration::from_secs(1), 0)
     }
 
     fn assign(h: &mut Holdings, node: NodeId, epoch: u64, index: u64) {

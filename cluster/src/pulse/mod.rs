@@ -49,6 +49,7 @@ pub use resign::{RESIGN_MAX_BYTES, Resign, Will};
 
 use crate::api::{LeaseUpdate, NodeIdentity, Observation, SelfHealth};
 use crate::core::Config;
+use crate::flowsync::Owned;
 use crate::raft::RaftId;
 use crate::time::Instant;
 use crate::timing::Timing;
@@ -137,6 +138,8 @@ pub struct PeerView {
     pub instance: u64,
     /// Who has its flows; absent: it sends them to nobody.
     pub followers: Option<Vec<NodeId>>,
+    /// Groups of which it was told all flows by the owner that they have by the state at `applied`.
+    pub told: Vec<GroupId>,
 }
 
 /// Why a beat was not taken in.
@@ -223,6 +226,8 @@ pub struct Pulse {
     health: SelfHealth,
     /// Who has the flows of this node's data path.
     followers: Option<Vec<NodeId>>,
+    /// Of which groups it was told all flows, and under which epoch their owner had them.
+    told: Vec<Owned>,
     resigning: bool,
     applied: u64,
     observations: BTreeMap<BackendId, Observation>,
@@ -239,8 +244,15 @@ pub struct Pulse {
 // --- getters ---------------------------------------------------------------------------------------------------------
 
 impl Pulse {
-    /// A node that has just been started. `term` is the newest term in its store.
-    pub(crate) fn new(config: &Config, me: RaftId, cluster: u64, term: u64, now: Instant) -> Pulse {
+    /// A node that has just been started. `term` is the newest term in its store, `stored_through` the index of its last log entry.
+    pub(crate) fn new(
+        config: &Config,
+        me: RaftId,
+        cluster: u64,
+        term: u64,
+        stored_through: u64,
+        now: Instant,
+    ) -> Pulse {
         let mut pulse = Pulse {
             timing: config.timing,
             me,
@@ -269,9 +281,10 @@ impl Pulse {
             lines: line::Lines::default(),
             refused_at: BTreeMap::new(),
             peers: BTreeMap::new(),
-            holdings: Holdings::new(config.identity.id, config.timing.grace),
+            holdings: Holdings::new(config.identity.id, config.timing.grace, stored_through),
             health: SelfHealth::default(),
             followers: None,
+            told: Vec::new(),
             resigning: false,
             applied: 0,
             observations: BTreeMap::new(),
@@ -342,6 +355,13 @@ impl Pulse {
     /// One other node.
     pub fn peer(&self, id: NodeId) -> Option<PeerView> {
         self.peers.get(&id).and_then(|p| self.view(p))
+    }
+
+    /// Groups of which this node was told all flows by the owner that they have.
+    pub fn told_by_owners(&self) -> impl Iterator<Item = GroupId> + '_ {
+        let owned =
+            |o: &&Owned| self.holdings.assignments().get(&o.group).is_some_and(|a| a.epoch == o.epoch);
+        self.told.iter().filter(owned).map(|o| o.group)
     }
 
     /// What the lane was told last of each group.
@@ -478,6 +498,7 @@ impl Pulse {
             resigning: h.beat.resigning,
             instance: h.beat.instance,
             followers: h.beat.followers.clone(),
+            told: h.beat.told.clone(),
         })
     }
 }

@@ -49,6 +49,8 @@ impl Pulse {
         let now = self.now;
         let silent_after = self.silent_after();
         let held: Vec<_> = self.holdings.held(now).collect();
+        // A leader decides by its own, and its grants may need the room.
+        let told = self.told_by_owners().filter(|_| self.leading.is_none()).collect();
         let (contact, grants, releases) = self.grants_to(to, now, silent_after);
         let peer = self.peers.get_mut(&to).expect("only known peers are due");
         let answer = !peer.beat_due;
@@ -82,6 +84,7 @@ impl Pulse {
             held,
             observations,
             followers: self.followers.clone(),
+            told,
             line: self.lines.own,
             met: self.lines.answer_to(to),
         };

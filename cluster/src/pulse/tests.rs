@@ -43,7 +43,7 @@ fn node(n: u64) -> Pulse {
         incarnation: 7,
         pair: crate::pair::Policy::Safety,
     };
-    let mut p = Pulse::new(&config, id(n), 1, 3, at(0));
+    let mut p = Pulse::new(&config, id(n), 1, 3, 0, at(0));
     p.set_self_health(SelfHealth { links_up: true, gateway: None, forwarding: true, reason: String::new() });
     p
 }

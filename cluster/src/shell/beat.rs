@@ -120,6 +120,7 @@ impl BeatThread {
         if let Some(data_path) = &self.data_path {
             pulse.set_installed(data_path.installed_index(), now);
             pulse.set_followers(data_path.followers());
+            pulse.set_told(data_path.told());
         }
         pulse.handle_timeout(now);
         while let Some(output) = pulse.poll_output() {

@@ -167,6 +167,11 @@ pub enum Action {
         /// Which node.
         node: u64,
     },
+    /// Nothing of the others reaches a node.
+    Deafen {
+        /// Which.
+        node: u64,
+    },
     /// In a pair: one way of the service network is cut, or both.
     CutService {
         /// From this node to the other.
@@ -283,9 +288,12 @@ impl Plan {
                 // In every other run.
                 let death = if seed % 2 == 1 { death_after(&mut executors, &action) } else { None };
                 let relapse = if seed % 4 == 2 { plan.relapse_after(&mut executors, &action) } else { None };
+                let late_word =
+                    if seed % 8 == 4 { deaf_at_a_late_word(&mut executors, &action) } else { None };
                 plan.steps.push(Step { after, action });
                 plan.steps.extend(death);
                 plan.steps.extend(relapse);
+                plan.steps.extend(late_word);
             }
             if r.below(3) == 0 {
                 let node = plan.node(r);
@@ -367,6 +375,13 @@ fn death_after(r: &mut Random, action: &Action) -> Option<Step> {
     let again = (r.below(2) == 0).then(|| r.below(300 * MS));
     let told = r.below(MS);
     (r.below(4) > 0).then_some(Step { after, action: Action::KillLeader { told, again } })
+}
+
+/// A node may hear nobody when a late executor tells of its process before.
+fn deaf_at_a_late_word(r: &mut Random, action: &Action) -> Option<Step> {
+    let Action::Kill { node, told: Some(told), again: Some(again) } = *action else { return None };
+    let after = told.checked_sub(again + r.below(30 * MS)).filter(|after| *after > 150 * MS)?;
+    Some(Step { after, action: Action::Deafen { node } })
 }
 
 /// After what time an executor acts, if there is one: usually at once, and on a machine that is busy beyond measure much later.

@@ -209,7 +209,10 @@ impl Machine {
         }
         let caught_up = warm.exchange.status(now).into_iter().filter(|p| p.caught_up);
         warm.followers = caught_up.map(|p| p.node).collect();
-        p.pulse.lock().expect("no panic").set_followers(Some(warm.followers.clone()));
+        let mut pulse = p.pulse.lock().expect("no panic");
+        pulse.set_followers(Some(warm.followers.clone()));
+        pulse.set_told(warm.exchange.told().collect());
+        drop(pulse);
         out
     }
 }
@@ -457,7 +460,70 @@ impl World {
 
 #[cfg(test)]
 mod tests {
+    use komainu_proto::domain::{GroupId, Role};
+
     use super::super::run;
+    use super::super::world::{MS, World};
+    use crate::timing::Timing;
+
+    const G: GroupId = GroupId(1);
+    const ROLES: [Role; 3] = [Role::Balancer, Role::Balancer, Role::Witness];
+
+    /// A cluster of which a client's flows are known to owner and standby. Also says which is which.
+    fn warmed(seed: u64, roles: &[Role]) -> (World, u64, u64) {
+        let mut w = World::new(seed, roles, Timing::default());
+        w.begin_flows(seed);
+        (1..=roles.len() as u64).try_for_each(|id| w.start(id)).unwrap();
+        let whole = |w: &World| {
+            w.leader().and_then(|l| w.process(l)).is_some_and(|p| p.core.voters().count() == w.machines.len())
+        };
+        assert!(w.run_until(10_000 * MS, whole).unwrap(), "seed {seed}");
+        w.change(w.leader().unwrap(), 1).unwrap();
+        w.run_for(3_000 * MS).unwrap();
+        w.end_flows();
+        w.run_for(300 * MS).unwrap();
+        assert!(w.flows_agree(), "seed {seed}: {}", w.flows_told());
+        let owner = w.owner(G).unwrap();
+        (w, owner, 3 - owner)
+    }
+
+    /// Found by `make chaos CLUSTERS=pair-safety CASES=kill-owner-in-transition`: an owner that nobody could replace was started again,
+    /// took up its group without a single flow, and a quarter of the connections went to other backends; the standby had them all.
+    #[test]
+    fn an_owner_that_was_started_anew_leaves_its_group_to_whoever_has_its_flows() {
+        for seed in 1..=40 {
+            // Nobody can take over: the standby alone is no quorum.
+            for roles in [&ROLES[..2], &ROLES] {
+                let (mut w, owner, standby) = warmed(seed, roles);
+                w.verbose = true;
+                let dies: Vec<u64> = (1..=roles.len() as u64).filter(|n| *n != standby).collect();
+                dies.iter().for_each(|n| w.kill(*n));
+                w.run_for((20 + 37 * seed) * MS).unwrap();
+                dies.iter().try_for_each(|n| w.start(*n)).unwrap();
+                w.run_for(2_000 * MS).unwrap();
+                assert_eq!(
+                    w.owner(G),
+                    Some(standby),
+                    "seed {seed}, {owner} died:\n{}",
+                    w.transcript.join("\n")
+                );
+                assert!(w.flows.as_ref().unwrap().taken_over.1 > 0, "seed {seed}");
+            }
+        }
+    }
+
+    /// Without anybody who has them it goes on.
+    #[test]
+    fn an_owner_that_was_started_anew_does_not_wait_for_the_dead() {
+        for seed in 1..=20 {
+            let (mut w, owner, standby) = warmed(seed, &ROLES);
+            w.kill(standby);
+            w.run_for(2_000 * MS).unwrap();
+            w.kill(owner);
+            w.start(owner).unwrap();
+            assert!(w.run_until(w.t + 1_000 * MS, |w| w.owner(G) == Some(owner)).unwrap(), "seed {seed}");
+        }
+    }
 
     #[test]
     fn owners_are_replaced_by_nodes_that_have_flows() {

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use komainu_cluster::flowsync::PeerStatus;
+use arc_swap::ArcSwap;
+use komainu_cluster::flowsync::{Owned, PeerStatus};
 use komainu_cluster::seal::{Key, Sealer};
 use komainu_cluster::shell::View;
 use komainu_cluster::state::MAX_MEMBERS;
@@ -70,6 +71,8 @@ struct Shared {
     peers: Mutex<Vec<PeerStatus>>,
     /// Ids of the peers that have caught up, 0 for none. Read by the beat thread, which never waits for a lock.
     followers: [AtomicU64; MAX_MEMBERS],
+    /// Groups of which all flows were told. For the beat thread, too.
+    told: ArcSwap<Vec<Owned>>,
     totals: Totals,
 }
 
@@ -114,6 +117,7 @@ impl Warm {
             stop: AtomicBool::new(false),
             peers: Mutex::default(),
             followers: Default::default(),
+            told: ArcSwap::default(),
             totals: Totals::default(),
         });
         let (requests, asked): (_, Receiver<Request>) = sync_channel(MAX_REQUESTS);
@@ -133,6 +137,11 @@ impl Warm {
     pub fn followers(&self) -> Vec<NodeId> {
         let ids = self.shared.followers.iter().map(|id| id.load(Ordering::Relaxed));
         ids.filter(|id| *id != 0).map(NodeId).collect()
+    }
+
+    /// Groups of which this node was told all flows, and under which epoch. Never waits.
+    pub fn told(&self) -> Vec<Owned> {
+        self.shared.told.load().to_vec()
     }
 
     /// What was sent and taken over.

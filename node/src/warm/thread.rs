@@ -129,6 +129,9 @@ impl Worker {
             cell.store(id, Ordering::Relaxed);
         }
         *self.shared.peers.lock().unwrap_or_else(PoisonError::into_inner) = peers;
+        if !self.exchange.told().eq(self.shared.told.load().iter().copied()) {
+            self.shared.told.store(Arc::new(self.exchange.told().collect()));
+        }
         more
     }
 
