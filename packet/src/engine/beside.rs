@@ -146,9 +146,9 @@ impl Core {
     }
 
     /// Notes a flow that was just remembered.
-    pub(crate) fn noted(&mut self, id: FlowId) {
+    pub(crate) fn noted(&mut self, id: FlowId, now: BootTime) {
         self.learn(id);
-        self.tell_noted(id);
+        self.tell_noted(id, now);
     }
 
     /// Notes a flow that was just remembered, and tells nobody.

@@ -50,6 +50,8 @@ pub(crate) struct Core {
     pub(crate) claims: VecDeque<Claim>,
     pub(crate) cache: Option<Box<dyn FlowCache>>,
     pub(crate) outbox: Option<Box<dyn FlowOutbox>>,
+    /// Flows told of before their other side was heard.
+    pub(crate) told_early: Limit,
     /// Flows with a lower SNAT port whose backend was not heard yet.
     pub(crate) half_open: u32,
 }
@@ -131,6 +133,7 @@ impl Core {
             claims: VecDeque::with_capacity(super::MAX_CLAIMS),
             cache: None,
             outbox: None,
+            told_early: Limit::new(super::share::TOLD_EARLY_PER_SECOND),
             half_open: 0,
         }
     }

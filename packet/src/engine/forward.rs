@@ -141,7 +141,7 @@ impl Core {
             self.gone(evicted);
             self.tally.event(Event::FlowEvicted);
         }
-        self.noted(inserted.id);
+        self.noted(inserted.id, now);
         Ok(inserted.id)
     }
 }

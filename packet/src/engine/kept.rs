@@ -98,6 +98,7 @@ impl Core {
         }
         self.flows.set_version(inserted.id, kept.version);
         self.learn_as(inserted.id, known_there);
+        self.tell_noted(inserted.id, now);
     }
 
     fn learn_change(&mut self, tables: &Tables, kept: &Kept, at: BootTime) {

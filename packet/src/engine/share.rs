@@ -2,7 +2,8 @@
 //!
 //! Only what the tables can't tell is remembered, so what is remembered is what another node must be told. News of a flow are
 //! two: that it is known (once its other side was heard: a flood of SYNs is no news), and that it is gone (it has ended, or is
-//! forgotten). Taken-over flows wait in the table like any other, so that a node that becomes the owner has nothing to do;
+//! forgotten). A flow that another node would lead elsewhere is told of with its first packet, too, so that its client has hardly
+//! heard of the connection before that node has; of so many a second only, because of floods. Taken-over flows wait in the table like any other, so that a node that becomes the owner has nothing to do;
 //! while another node owns the group they don't age, because their packets pass there and it says when they are gone.
 
 use std::net::{IpAddr, SocketAddr};
@@ -96,6 +97,10 @@ pub struct Adopted {
 /// Places of the flow table that one [`Engine::shared`] or [`Engine::sweep`] looks at: some tens of microseconds.
 pub const SHARE_BUDGET: usize = 1000;
 
+/// Flows a second that are told of before their other side was heard, more than a service in transition has in ordinary times; some
+/// 200 KB/s to each standby. A flood of SYNs takes it all, and then others wait for their other side as if this were not.
+pub(super) const TOLD_EARLY_PER_SECOND: u32 = 10_000;
+
 enum Adoption {
     Taken,
     Refused,
@@ -120,10 +125,11 @@ impl Core {
     }
 
     /// Tells others of a flow that is remembered in a state in which they should know it.
-    pub(super) fn tell_noted(&mut self, id: FlowId) {
+    pub(super) fn tell_noted(&mut self, id: FlowId, now: BootTime) {
         let Some(outbox) = &mut self.outbox else { return };
         let flow = self.flows.get(id);
-        if flow.is_assured() && !flow.is_told() {
+        let is_exception = self.states.service(flow.service()).has_exceptions;
+        if !flow.is_told() && (flow.is_assured() || is_exception && self.told_early.take(now)) {
             outbox.tell(known(&self.states, flow));
             self.flows.set_told(id, true);
         }
@@ -241,7 +247,9 @@ impl Engine {
                 core.flows.set_mark(id, mark);
                 return Adoption::Taken;
             }
-            if leased {
+            // Where both forward for a while, one may have seen a flow's first packet and the other what followed.
+            let beginning = !core.flows.get(id).is_assured() && core.flows.get(id).goes_like(&new);
+            if leased && !beginning {
                 return Adoption::Refused;
             }
             self.drop_adopted(id);
@@ -279,7 +287,7 @@ impl Engine {
         if leased {
             // News to the standbys of this node, which may have been sent everything already.
             core.flows.set_told(inserted.id, false);
-            core.tell_noted(inserted.id);
+            core.tell_noted(inserted.id, now);
         }
         Adoption::Taken
     }

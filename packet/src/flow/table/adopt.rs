@@ -105,8 +105,11 @@ impl FlowTable {
 impl Flow {
     /// Whether a flow of another node says the same as this one does.
     pub(crate) fn is_like(&self, new: &NewFlow, bits: u8) -> bool {
-        self.backend == new.backend
-            && self.backend_side() == new.backend_side
-            && self.progress.to_bits() == bits
+        self.goes_like(new) && self.progress.to_bits() == bits
+    }
+
+    /// Whether a flow of another node goes where this one does.
+    pub(crate) fn goes_like(&self, new: &NewFlow) -> bool {
+        self.backend == new.backend && self.backend_side() == new.backend_side
     }
 }
