@@ -39,15 +39,18 @@ impl Checker {
             // What a leader granted whose clock has stood still.
             let late_grants = machines.values().any(|m| m.is_excused(t) && m.led_when_halted);
             let line = |epoch: u64| epoch / pair::first_epoch(1);
-            let is_old = |epoch: u64| {
-                self.epochs.get(&(group, line(epoch))).is_some_and(|(newest, _)| epoch < *newest)
-            };
-            let holders: Vec<(NodeId, u64)> = machines
+            let mut holders: Vec<(NodeId, u64)> = machines
                 .values()
                 .filter(|m| !m.is_excused(t))
                 .filter_map(|m| Some((m.identity.id, m.answers(group, t)?)))
-                .filter(|(_, epoch)| !(late_grants && is_old(*epoch)))
                 .collect();
+            if late_grants {
+                // The newer epoch may be seen here for the first time.
+                let seen = |l: u64| self.epochs.get(&(group, l)).map(|(newest, _)| *newest);
+                let all = holders.clone();
+                let newest = |l: u64| all.iter().map(|h| h.1).filter(|e| line(*e) == l).chain(seen(l)).max();
+                holders.retain(|(_, epoch)| Some(*epoch) == newest(line(*epoch)));
+            }
             let both_alone = split && holders.iter().all(|(node, _)| machines[&node.0].solo);
             if holders.len() > 1 && !both_alone {
                 return Err(format!("group {} is answered for by {holders:?}", group.0));
