@@ -33,7 +33,7 @@ pub struct Exchange {
     next_mark: u32,
     /// The highest generation of a peer that is none any more: should it come back, it may still remember that one.
     last_generation: u64,
-    /// Under which epoch each group was told of last, and by whom: of each peer no more groups than one generation has.
+    /// Under which epoch each group was told of last, and by whom, this node included: of each no more groups than one generation has.
     newest: BTreeMap<GroupId, (u64, NodeId)>,
     /// Under which epoch all flows of a group were told last.
     told: BTreeMap<GroupId, u64>,
@@ -170,6 +170,13 @@ impl Exchange {
         owned.sort_unstable();
         if owned != self.owned {
             self.owned = owned;
+            // An earlier owner's telling, under way until this one forwards no more, takes nothing away from what it has seen since.
+            for o in &self.owned {
+                let newest = self.newest.entry(o.group).or_insert((o.epoch, self.me));
+                if o.epoch >= newest.0 {
+                    *newest = (o.epoch, self.me);
+                }
+            }
             self.restart();
         }
     }

@@ -341,6 +341,25 @@ fn an_earlier_owner_takes_nothing_away_from_what_a_later_one_tells() {
     assert_eq!(all(&w.nodes[2].table), right);
 }
 
+/// Found by the simulation: what an owner before had told waited while a later one forwarded, and swept away then what that one had
+/// seen since.
+#[test]
+fn an_earlier_owner_takes_nothing_from_what_a_later_one_has_seen() {
+    let mut w = World::new(4, 2);
+    w.own(0, 2);
+    w.known(0, 1, 1);
+    w.run(500);
+    w.own(1, 3);
+    w.known(1, 2, 1);
+    let both = all(&w.nodes[1].table);
+    w.nodes[1].exchange.set_owned(Vec::new());
+    w.nodes[1].owner = false;
+    // It has not heard that it is the owner no more.
+    w.nodes[0].exchange.restart();
+    w.run(500);
+    assert_eq!(all(&w.nodes[1].table), both);
+}
+
 #[test]
 fn without_anything_to_tell_hardly_anything_is_sent() {
     let mut w = World::new(2, 2);

@@ -536,8 +536,9 @@ mod tests {
     /// Seeds that found something. 336: a leader never removed the store that it had lost itself. 612: what had come in from a
     /// peer's earlier process was reported to the next one as its own. 105: an earlier owner swept away what its successor had told.
     /// 6000246 found a mistake of the checker: what a leader grants whose clock stood still was excused only if the newer epoch had
-    /// been seen before.
-    const FOUND: &[u64] = &[336, 612, 105, 6_000_246];
+    /// been seen before. 6172839: an earlier owner's telling waited until a later one forwarded no more, and swept away what that one
+    /// had seen.
+    const FOUND: &[u64] = &[336, 612, 105, 6_000_246, 6_172_839];
 
     #[test]
     fn what_was_found_once_stays_mended() {
