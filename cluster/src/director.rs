@@ -36,6 +36,8 @@ const TRANSFER_PAUSE: Duration = Duration::from_secs(30);
 /// See the [module documentation](self). Kept while a node leads, and begun anew with each term.
 #[derive(Debug, Default)]
 pub struct Director {
+    /// When it was asked first.
+    began_at: Option<Instant>,
     /// Nodes that are being removed.
     leaving: BTreeSet<NodeId>,
     /// What was proposed, and when.
@@ -92,6 +94,7 @@ impl Director {
 
     /// What to propose now. To be asked after every change of the state or of `pulse`, and every beat.
     pub fn decide(&mut self, state: &State, pulse: &mut Pulse, now: Instant) -> Vec<Change> {
+        self.began_at.get_or_insert(now);
         self.remember(state, now);
         let candidates = self.candidates(state, pulse, now);
         let mut load = loads(state);
@@ -309,7 +312,7 @@ impl Director {
     fn heirs_may_come(&self, state: &State, candidates: &[Candidate], pulse: &Pulse, now: Instant) -> bool {
         let balancers = state.members.iter().filter(|m| m.node.role == Role::Balancer).count();
         candidates.len() < balancers
-            && self.quiet_since.is_some_and(|at| now.since(at) < pulse.timing().election_min)
+            && self.began_at.is_some_and(|at| now.since(at) < pulse.timing().election_min)
     }
 
     /// Whether the group's owner works and its flows are not yet where they should be when the group is.

@@ -33,7 +33,8 @@ pub struct Exchange {
     next_mark: u32,
     /// The highest generation of a peer that is none any more: should it come back, it may still remember that one.
     last_generation: u64,
-    /// Under which epoch each group was told of last, and by whom, this node included: of each no more groups than one generation has.
+    /// Under which epoch each group was told of last, and by whom: of each peer no more groups than one generation has, and those that
+    /// this node itself has owned.
     newest: BTreeMap<GroupId, (u64, NodeId)>,
     /// Under which epoch all flows of a group were told last.
     told: BTreeMap<GroupId, u64>,
