@@ -3,8 +3,10 @@
 //! Only what the tables can't tell is remembered, so what is remembered is what another node must be told. News of a flow are
 //! two: that it is known (once its other side was heard: a flood of SYNs is no news), and that it is gone (it has ended, or is
 //! forgotten). A flow that another node would lead elsewhere is told of with its first packet, too, so that its client has hardly
-//! heard of the connection before that node has; of so many a second only, because of floods. Taken-over flows wait in the table like any other, so that a node that becomes the owner has nothing to do;
-//! while another node owns the group they don't age, because their packets pass there and it says when they are gone.
+//! heard of the connection before that node has; of so many a second only, because of floods.
+//!
+//! Taken-over flows wait in the table like any other, so that a node that becomes the owner has nothing to do; while another node
+//! owns the group they don't age, because their packets pass there and it says when they are gone.
 
 use std::net::{IpAddr, SocketAddr};
 
