@@ -1,6 +1,6 @@
 //! One simulated machine: clock, disk, lane, and the process on it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +12,7 @@ use crate::core::{Config, Core, Now, Peer};
 use crate::flowsync::model::Table;
 use crate::pair::Policy;
 use crate::pulse::{Pulse, Will};
-use crate::raft::Persist;
+use crate::raft::{Persist, RaftId};
 use crate::store::{MemoryStore, Store};
 use crate::time::Instant;
 use crate::timing::Timing;
@@ -202,23 +202,12 @@ impl Machine {
     pub fn start(&mut self, t: Time, seed: u64) {
         self.generation += 1;
         self.will = None;
-        let config = Config {
-            identity: self.identity.clone(),
-            version: "sim".to_owned(),
-            peers: self.peers.clone(),
-            timing: self.timing,
-            instance: seed,
-            seed: seed ^ 0x5555,
-            incarnation: seed ^ 0xaaaa,
-            pair: self.pair,
-        };
         // A lane that is started permits nothing and knows nothing.
         self.lane.clear();
         self.flows = Table::default();
         self.installed = 0;
         self.sounding = None;
-        let core = Core::start(config, self.disk.load().expect("memory can be read"), self.now(t))
-            .expect("the store is in order");
+        let core = self.core(self.disk.clone(), t, seed);
         let pulse = core.pulse();
         pulse.lock().expect("no panic").set_self_health(crate::api::SelfHealth {
             links_up: self.fit,
@@ -238,6 +227,30 @@ impl Machine {
         self.wake_at = None;
         self.paused_until = 0;
         self.backlog.clear();
+    }
+
+    /// Who would vote by what a process finds here that is started after the power has failed at true time `t`.
+    pub fn voters_on_disk(&self, t: Time) -> BTreeSet<RaftId> {
+        let mut disk = self.disk.clone();
+        disk.lose_unsynced();
+        let mut core = self.core(disk, t, 1);
+        while core.poll_output().is_some() {}
+        core.voters().collect()
+    }
+
+    fn core(&self, mut disk: MemoryStore, t: Time, seed: u64) -> Core {
+        let config = Config {
+            identity: self.identity.clone(),
+            version: "sim".to_owned(),
+            peers: self.peers.clone(),
+            timing: self.timing,
+            instance: seed,
+            seed: seed ^ 0x5555,
+            incarnation: seed ^ 0xaaaa,
+            pair: self.pair,
+        };
+        let restored = disk.load().expect("memory can be read");
+        Core::start(config, restored, self.now(t)).expect("the store is in order")
     }
 
     /// Whether its lane answers for the group at true time `t`.
