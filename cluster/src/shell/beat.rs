@@ -3,11 +3,13 @@
 //! It waits for its socket, a wake-up and its next deadline, and for nothing else: no disk, no task, no lock that is held
 //! across either. All it does under the lock of [`Pulse`] takes microseconds.
 
+use std::cell::RefCell;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -67,7 +69,12 @@ pub(super) struct BeatThread {
     pub(super) second_path: Option<Arc<dyn SecondPath>>,
     /// Where the will is put, and what seals it: most of that is never sent, so its counters are of no use to a guard.
     pub(super) will: Option<(Arc<WillMemory>, Sealer)>,
+    /// What is to be said of this process when it has ended, as it is in force.
+    pub(super) last_words: RefCell<Option<Will>>,
 }
+
+/// Pauses after which the last words are said again: a pair's other half waits for them, and datagrams get lost.
+const PAUSES_MS: [u64; 5] = [1, 2, 4, 8, 16];
 
 impl BeatThread {
     /// Runs until told to stop; then the lane has no lease any more.
@@ -95,6 +102,7 @@ impl BeatThread {
             }
         }
         self.fall_silent();
+        self.say_good_bye();
     }
 
     /// Takes in what has arrived and does what is due. Answers when to look again.
@@ -181,7 +189,10 @@ impl BeatThread {
                     path.send(&sealed);
                 }
             }
-            Output::Will(will) => self.put_will(&will),
+            Output::Will(will) => {
+                self.put_will(&will);
+                *self.last_words.borrow_mut() = Some(*will);
+            }
             Output::Prompt => {
                 self.prompted.store(true, Ordering::Release);
                 let _ = self.events.try_send(Event::Prompt);
@@ -208,6 +219,26 @@ impl BeatThread {
         let leases: Vec<_> = super::lock(&self.pulse).leases().collect();
         for (group, lease) in leases {
             data_path.set_lease(group, LeaseUpdate { epoch: lease.epoch, ..LeaseUpdate::default() });
+        }
+    }
+
+    /// Tells the others that this process renews and grants nothing any more, as its executor would had it been killed. They would find
+    /// out by its silence; until then half of a pair does not know that it is alone, and its lease may run out before it does.
+    ///
+    /// True from here on: the Raft thread has ended, nothing answers in this process's name (`fall_silent`), and no beat leaves any more.
+    fn say_good_bye(&self) {
+        let Some(will) = self.last_words.borrow_mut().take() else { return };
+        let plain = will.resign.encode();
+        for pause in std::iter::once(0).chain(PAUSES_MS) {
+            std::thread::sleep(Duration::from_millis(pause));
+            for &(node, to) in &will.to {
+                let sealed = self.sealer.seal(Kind::Resign, &context(node), &plain);
+                // A network that is down may take the next one.
+                let _ = self.socket.send_to(&sealed, to);
+                if let Some(path) = &self.second_path {
+                    path.send(&sealed);
+                }
+            }
         }
     }
 }

@@ -148,7 +148,7 @@ impl Driver {
             Event::Died(node) => {
                 tracing::warn!(
                     node = node.0,
-                    "its process has ended, says its executor: nobody waits for it"
+                    "its process has ended, and that was told: nobody waits for it"
                 );
             }
             Event::Prompt | Event::Stop => {}

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// What a node logs that was told of another's death.
-const TOLD: &str = "its process has ended, says its executor";
+const TOLD: &str = "its process has ended, and that was told";
 /// Leases and promises so long that whoever waits for them is told from whoever doesn't.
 const PATIENT: &str = "[timing]\nbeat_ms = 20\nlease_ms = 1500\nelection_ms = [2500, 3000]\n";
 const PROMISE: Duration = Duration::from_millis(2500);

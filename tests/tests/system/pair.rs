@@ -12,11 +12,19 @@ const LONG: Duration = Duration::from_secs(2);
 /// Two owners end within this after the two hear each other again.
 const MEETING: Duration = Duration::from_secs(1);
 
+/// Leases of 1.5 s, promises of 2.5 s.
+const PATIENT: &str = "[timing]\nbeat_ms = 20\nlease_ms = 1500\nelection_ms = [2500, 3000]\n";
+
 fn pair(policy: &str) -> Bed {
+    pair_of(policy, "")
+}
+
+fn pair_of(policy: &str, timing: &str) -> Bed {
     let topology = Standard { balancers: 2, witness: false, ..Standard::default() };
     let mut bed = Bed::idle(Machine::Alone, topology);
     let gateway = bed.client().v4(SERVICE);
     for node in ["lb1", "lb2"] {
+        bed.cluster.configure(node, timing).unwrap();
         bed.cluster.configure_table(node, "service", &format!("gateway = \"{gateway}\"")).unwrap();
         bed.cluster.configure_table(node, "cluster", &format!("pair = \"{policy}\"")).unwrap();
     }
@@ -85,6 +93,30 @@ fn a_survivor_takes_over_and_its_peer_comes_back_as_one_of_two() {
     .unwrap();
     assert_eq!(bed.owner(), other);
     assert!(bed.stream().wait_answered(100, SOON));
+}
+
+/// A node that was stopped for maintenance left without a word, and the other one waited for it as for one that may be alive, without a
+/// lease. With leases and promises of seconds, whoever waits for them is told from whoever doesn't.
+#[test]
+fn nobody_waits_for_a_standby_that_was_stopped_in_order() {
+    let mut bed = pair_of("availability", PATIENT);
+    let owner = bed.owner();
+    let other = bed.other_than(&owner);
+    let stream = bed.stream();
+    let ended = Instant::now();
+    assert!(bed.cluster.terminate(&other, SOON).unwrap().success());
+    wait_solo(&bed, &owner, true);
+    bed.cluster.wait_logged(&owner, &["its process has ended, and that was told"], SOON).unwrap();
+    // Longer than the lease that it had when the other one left.
+    std::thread::sleep(LONG);
+    assert!(stream.wait_answered(300, SOON), "{:?}", stream.report());
+    let gap = stream.stop().longest_gap_after(ended);
+    println!("longest gap {gap:?}");
+    assert!(gap < Duration::from_secs(1), "it waited for what its peer had promised: {gap:?}");
+    bed.cluster.start(&other).unwrap();
+    bed.cluster.wait_formed(SOON).unwrap();
+    wait_solo(&bed, &owner, false);
+    assert_eq!(bed.owner(), owner);
 }
 
 #[test]
