@@ -132,7 +132,7 @@ fn an_owner_that_is_started_at_once_after_its_death_makes_no_two_owners() {
 }
 
 #[test]
-fn an_orderly_end_leaves_no_executor_and_tells_of_no_death() {
+fn an_orderly_end_leaves_no_executor_and_is_told_by_the_node_itself() {
     let mut bed = Bed::web(Machine::Shared);
     let pids: Vec<i32> = ["lb1", "lb2", "wit"].map(|node| executor(&bed, node)).into();
     // What is meant for the service is not meant for it.
@@ -145,9 +145,12 @@ fn an_orderly_end_leaves_no_executor_and_tells_of_no_death() {
     for node in [owner.as_str(), "wit", last.as_str()] {
         assert!(bed.cluster.terminate(node, SOON).unwrap().success());
     }
+    // Each of those that were still there, once.
+    for (node, ends) in [(owner.as_str(), 0), ("wit", 1), (last.as_str(), 2)] {
+        assert_eq!(told(&bed, node), ends, "{node}: {}", bed.cluster.log_of(node));
+    }
     for (node, pid) in ["lb1", "lb2", "wit"].into_iter().zip(pids) {
         assert!(!is_executor(pid), "{node} has left its executor behind");
-        assert_eq!(told(&bed, node), 0, "{}", bed.cluster.log_of(node));
         assert!(!bed.cluster.log_of(node).contains("no executor"), "{}", bed.cluster.log_of(node));
     }
 }
