@@ -23,6 +23,10 @@ use nix::unistd::ftruncate;
 use crate::pulse::{MAX_PEERS, RESIGN_MAX_BYTES};
 use crate::seal::OVERHEAD;
 
+/// Pauses in ms after which whoever sends a will sends it again: loss on the cluster network is normal, and a receiver may be busy.
+/// Short at first, because somebody waits for it, and over long before a service manager clears up.
+pub const SAY_AGAIN_AFTER_MS: [u64; 5] = [1, 2, 4, 8, 16];
+
 /// Bytes of one place: length, checksum, and a letter to every peer that there can be.
 const PLACE_LEN: usize = HEADER_LEN + MAX_PEERS * MAX_LETTER_LEN;
 /// The longest letter: two lengths, an IPv6 address with zone and port as text, the sealed datagram.

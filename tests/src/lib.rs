@@ -35,6 +35,8 @@ use komainu_packet::lane::LaneKind;
 pub const PROBE: Duration = Duration::from_millis(4);
 /// How long a client waits for one answer.
 pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Leases and promises so long that whoever waits for them is told from whoever doesn't: 1.5 s and 2.5 s.
+pub const PATIENT: &str = "[timing]\nbeat_ms = 20\nlease_ms = 1500\nelection_ms = [2500, 3000]\n";
 /// Name of the VIP group of [`web_document`].
 pub const GROUP: &str = "web";
 /// Records the service network into each lab's directory when set. Only useful with `KOMAINU_LAB_KEEP`.

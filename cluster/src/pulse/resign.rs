@@ -1,7 +1,8 @@
 //! The last word about a process that has ended, and the will that it is read from.
 //!
 //! A process says with every change what is to be said once it is dead ([`Will`]); whoever outlives it (the executor, or the
-//! simulation) sends it then, and only after it has made sure that nothing answers for a group any more in the dead one's name.
+//! simulation) sends it then, and only after it has made sure that nothing answers for a group any more in the dead one's name. A
+//! process that ends in order sends it itself, when nothing of it answers, votes, grants or renews any more (`shell/beat.rs`).
 //! So a [`Resign`] is true for ever, whenever it arrives and however often, and needs no guard against replays. It says:
 //!
 //! 1. Process `instance` answers for nothing. A leader takes what it had granted to *that process* for released.
@@ -129,6 +130,11 @@ impl Pulse {
             Some(h.beat.instance) == instance
                 && h.beat.followers.as_ref().is_some_and(|f| f.contains(&self.identity.id))
         })
+    }
+
+    /// The will that was put in force last; absent before the first.
+    pub(crate) fn will(&self) -> Option<&Will> {
+        self.will.as_ref()
     }
 
     /// The will, when it is another than was put in force last.

@@ -3,7 +3,6 @@
 //! It waits for its socket, a wake-up and its next deadline, and for nothing else: no disk, no task, no lock that is held
 //! across either. All it does under the lock of [`Pulse`] takes microseconds.
 
-use std::cell::RefCell;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -24,7 +23,7 @@ use super::{SecondPath, clock};
 use crate::api::{LeaseUpdate, SharedDataPath};
 use crate::pulse::{Beat, Output, Pulse, Resign, Will};
 use crate::seal::{Kind, ReplayGuard, Sealer};
-use crate::will::{Letter, WillMemory};
+use crate::will::{Letter, SAY_AGAIN_AFTER_MS, WillMemory};
 use komainu_proto::domain::NodeId;
 
 /// Longest datagram that is read; a beat is 1200 bytes, a vote far less.
@@ -69,12 +68,7 @@ pub(super) struct BeatThread {
     pub(super) second_path: Option<Arc<dyn SecondPath>>,
     /// Where the will is put, and what seals it: most of that is never sent, so its counters are of no use to a guard.
     pub(super) will: Option<(Arc<WillMemory>, Sealer)>,
-    /// What is to be said of this process when it has ended, as it is in force.
-    pub(super) last_words: RefCell<Option<Will>>,
 }
-
-/// Pauses after which the last words are said again: a pair's other half waits for them, and datagrams get lost.
-const PAUSES_MS: [u64; 5] = [1, 2, 4, 8, 16];
 
 impl BeatThread {
     /// Runs until told to stop; then the lane has no lease any more.
@@ -189,10 +183,7 @@ impl BeatThread {
                     path.send(&sealed);
                 }
             }
-            Output::Will(will) => {
-                self.put_will(&will);
-                *self.last_words.borrow_mut() = Some(*will);
-            }
+            Output::Will(will) => self.put_will(&will),
             Output::Prompt => {
                 self.prompted.store(true, Ordering::Release);
                 let _ = self.events.try_send(Event::Prompt);
@@ -227,9 +218,9 @@ impl BeatThread {
     ///
     /// True from here on: the Raft thread has ended, nothing answers in this process's name (`fall_silent`), and no beat leaves any more.
     fn say_good_bye(&self) {
-        let Some(will) = self.last_words.borrow_mut().take() else { return };
+        let Some(will) = super::lock(&self.pulse).will().cloned() else { return };
         let plain = will.resign.encode();
-        for pause in std::iter::once(0).chain(PAUSES_MS) {
+        for pause in std::iter::once(0).chain(SAY_AGAIN_AFTER_MS) {
             std::thread::sleep(Duration::from_millis(pause));
             for &(node, to) in &will.to {
                 let sealed = self.sealer.seal(Kind::Resign, &context(node), &plain);

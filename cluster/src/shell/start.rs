@@ -1,6 +1,5 @@
 //! Starting and stopping.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
@@ -164,7 +163,6 @@ fn start_on(
         notes: notes.clone(),
         second_path: settings.pair.second_path.clone(),
         will,
-        last_words: RefCell::default(),
     };
     let beat = thread::Builder::new().name("komainu-beat".to_owned()).spawn(move || beat.run());
     let beat = beat.map_err(system("starting the beat thread"))?;

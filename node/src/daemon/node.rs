@@ -235,7 +235,7 @@ impl Node {
             .await;
         }
         if let Some(executor) = self.executor.take() {
-            // Everything is handed over and ended in order: there is nothing to be told. Joins a thread.
+            // Everything is handed over and ended in order, and the cluster layer has said so. Joins a thread.
             let _ = tokio::task::spawn_blocking(move || executor.dismiss()).await;
         }
     }

@@ -91,7 +91,7 @@ impl Executor {
         move || shared.lock().missing.clone()
     }
 
-    /// Ends it: there is nothing to be said when this process has ended.
+    /// Ends it: this process ends in order, and has said so itself.
     pub fn dismiss(mut self) {
         self.will.revoke();
         let mut state = self.shared.lock();

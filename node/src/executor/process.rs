@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use komainu_cluster::shell::be_prompt;
-use komainu_cluster::will::{Letter, WillMemory};
+use komainu_cluster::will::{Letter, SAY_AGAIN_AFTER_MS, WillMemory};
 use komainu_packet::lane::kernel::Silencer;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,10 +16,6 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use super::READY;
 use super::tether::Tether;
 use super::threads::Threads;
-
-/// Pauses after which everything is said again: loss on the cluster network is normal, and a receiver may be busy. Short at first,
-/// because somebody waits for it, and over long before a service manager clears up.
-const PAUSES_MS: [u64; 5] = [1, 2, 4, 8, 16];
 
 /// Waits for the end of process `daemon`, the parent, and does what is to be done then. `tether`: number of the descriptor of its
 /// tether; `leases`: the program in the kernel has some.
@@ -93,7 +89,7 @@ impl Watch {
             return;
         }
         self.send(&letters);
-        for pause in PAUSES_MS {
+        for pause in SAY_AGAIN_AFTER_MS {
             std::thread::sleep(Duration::from_millis(pause));
             self.send(&letters);
         }

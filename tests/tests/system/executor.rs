@@ -5,14 +5,12 @@ use std::time::{Duration, Instant};
 use komainu_lab::cluster::{SOON, wait_for};
 use komainu_lab::process::{is_executor, is_there};
 use komainu_lab::topology::Standard;
-use komainu_tests::{Bed, GROUP, Machine, web_document};
+use komainu_tests::{Bed, GROUP, Machine, PATIENT, web_document};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// What a node logs that was told of another's death.
 const TOLD: &str = "its process has ended, and that was told";
-/// Leases and promises so long that whoever waits for them is told from whoever doesn't.
-const PATIENT: &str = "[timing]\nbeat_ms = 20\nlease_ms = 1500\nelection_ms = [2500, 3000]\n";
 const PROMISE: Duration = Duration::from_millis(2500);
 
 /// Three nodes that don't give each other up for long; the owner leads, as it does once things are calm.
