@@ -273,9 +273,11 @@ struct grant {
     u64 reserved[7];
 };
 
-/* A flow was made, in the place of a closing one of the same name if there was one; or its state has changed. */
+/* A flow was made, in the place of a closing one of the same name if there was one; its state has changed; or it was not made after all,
+ * which concerns only who copies the maps meanwhile. */
 #define NEWS_OPENED 0
 #define NEWS_CHANGED 1
+#define NEWS_UNDONE 2
 
 /* Size of the ring `news`: some 58 000 pieces. */
 #define NEWS_BYTES (1 << 22)

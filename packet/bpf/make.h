@@ -182,7 +182,8 @@ static __attribute__((noinline)) int make_flow(const struct packet *p, const str
     if (map_update(flow_table, &s->name, &s->flow, BPF_NOEXIST)) {
         /* Another processor has another first packet of it, or there is no room. */
         map_delete(bound_table, &s->answers);
-        ring_discard(n, 0);
+        describe(n, &s->name, &s->flow, *word_of(&s->flow), now, NEWS_UNDONE);
+        tell(c, n);
         return 0;
     }
     t->made++;

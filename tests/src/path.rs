@@ -171,6 +171,27 @@ impl Path {
         self.kernel.as_ref().map_or((0, 0), |(kernel, ..)| kernel.maps().count_flows().unwrap())
     }
 
+    /// The program's maps of flows begin to grow.
+    pub fn begin_growing(&mut self) {
+        let (kernel, ..) = self.kernel.as_ref().expect("a program");
+        kernel.maps().begin_growing().unwrap();
+    }
+
+    /// They do a piece of it; whether they have grown.
+    pub fn grow(&mut self) -> bool {
+        let flows = self.engine.flow_count();
+        let (kernel, _, news) = self.kernel.as_mut().expect("a program");
+        let engine = &mut self.engine;
+        let ready = kernel.maps().proceed_growing(flows).unwrap();
+        if ready {
+            let hear = || {
+                news.learn(engine, BootTime::now());
+            };
+            kernel.maps().finish_growing(hear).unwrap();
+        }
+        ready
+    }
+
     /// Every remembered flow's SNAT address and port, with its backend's id.
     pub fn bindings(&self) -> Vec<(u32, SocketAddr)> {
         let flows = self.engine.flows(&FlowFilter::default(), usize::MAX, BootTime::now());

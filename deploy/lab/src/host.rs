@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::thread::JoinHandle;
 
-use crate::bpf::{attach_xdp, load_pass_program};
+use crate::bpf::{attach_xdp, load_pass_program, transmit_checksums_off};
 use crate::error::Result;
 use crate::net::with_netlink;
 use crate::netns::Namespace;
@@ -159,6 +159,14 @@ impl Host {
     pub fn add_address(&self, segment: &str, address: IpAddr, prefix: u8) -> Result<()> {
         let index = self.on(segment).index;
         with_netlink(&self.ns, async |netlink| netlink.add_address(index, address, prefix).await)
+    }
+
+    /// Has it compute the checksums of what it sends itself, because an XDP program sees no others.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn checksums_by_the_host(&self) -> Result<()> {
+        self.run(|| self.links.iter().try_for_each(|link| transmit_checksums_off(&link.name)))
     }
 
     /// Takes an address away.

@@ -114,7 +114,7 @@ impl Lab {
     /// The kernel refuses.
     pub fn ready_for_xdp(&self, hosts: &[&str]) -> Result<()> {
         for host in self.hosts.values() {
-            host.run(|| host.links.iter().try_for_each(|link| transmit_checksums_off(&link.name)))?;
+            host.checksums_by_the_host()?;
         }
         let program = load_pass_program()?;
         let mut passing = self.passing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -11,6 +11,8 @@ use super::core::{Core, Cx, IcmpError, Size, Stop, check_offload};
 use super::counters::Event;
 use super::fragment::Route;
 use super::frame::{FrameMut, Verdict};
+use super::kept::patience;
+use super::nat::is_lower;
 use super::rewrite::{self, Ends};
 use super::select::{Chosen, NoChoice, Remember};
 
@@ -134,8 +136,10 @@ impl Core {
             Mode::Nat => Some(self.bind(tables, service, chosen.backend, &client_side)?),
             Mode::Dsr | Mode::NatTransparent => None,
         };
-        let new =
-            NewFlow { client_side, backend_side, backend: chosen.number, first: segment, idle: service.idle };
+        // As if the program had made it.
+        let counts = self.cache.is_some() && backend_side.is_some_and(|side| is_lower(side.snat_port));
+        let idle = if counts { service.idle.min(patience(self.half_open)) } else { service.idle };
+        let new = NewFlow { client_side, backend_side, backend: chosen.number, first: segment, idle };
         let inserted = self.flows.insert(new, now).map_err(|_| Reason::FlowTableFull)?;
         if let Some(evicted) = &inserted.evicted {
             self.gone(evicted);

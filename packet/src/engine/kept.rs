@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::flow::{BackendSide, ClientSide, FlowId, NewFlow, Segment, State};
+use crate::flow::{BackendSide, ClientSide, FlowId, NewFlow, SYN_SENT_IDLE, Segment, State};
 use crate::plan::Protocol;
 use crate::tables::Tables;
 use crate::time::BootTime;
@@ -17,6 +17,10 @@ use super::Engine;
 use super::core::Core;
 use super::counters::Event;
 use super::nat::MAX_HALF_OPEN;
+
+/// A backend that has not answered in this time has dropped the segment, and the client sends it again (RFC 6298 §2.1: after a
+/// second).
+const LEAST_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a program did with a flow that it keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,15 @@ impl Engine {
     }
 }
 
+/// How long a flow waits for its backend's first answer when there are `half_open` that do. With more than half of
+/// [`MAX_HALF_OPEN`] the less the more there are, down to [`LEAST_PATIENCE`], so that those that nobody answers don't keep the program
+/// from making others: pf's adaptive timeouts (pf.conf(5), `adaptive.start`).
+pub(super) fn patience(half_open: u32) -> Duration {
+    const HALF: u32 = MAX_HALF_OPEN / 2;
+    let left = MAX_HALF_OPEN.saturating_sub(half_open).min(HALF);
+    (SYN_SENT_IDLE * left / HALF).max(LEAST_PATIENCE)
+}
+
 impl Core {
     fn learn_opened(&mut self, tables: &Tables, kept: &Kept, at: BootTime, now: BootTime) {
         let Some((backend_side, idle)) = self.kept_name(tables, kept) else { return };
@@ -86,7 +99,8 @@ impl Core {
             backend_side: Some(backend_side),
             backend: kept.backend,
             first: if kept.protocol() == Protocol::Udp { Segment::Udp } else { Segment::Syn },
-            idle,
+            // The backend's first answer gives it the service's.
+            idle: idle.min(patience(self.half_open)),
         };
         let inserted = match self.flows.insert(new, at) {
             Ok(inserted) => inserted,

@@ -220,6 +220,11 @@ impl Engine {
         }
     }
 
+    /// Flows that are remembered.
+    pub fn flow_count(&self) -> usize {
+        self.core.flows.len()
+    }
+
     /// Remembered flows that match, at most `limit`, in no order.
     pub fn flows(&self, filter: &FlowFilter, limit: usize, now: BootTime) -> Vec<FlowInfo> {
         self.core.list(&self.tables, filter, limit, now)

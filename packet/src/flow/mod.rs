@@ -7,5 +7,5 @@ mod state;
 mod table;
 mod wheel;
 
-pub use state::{CLOSED_IDLE, Direction, Segment, State, two_way_step};
+pub use state::{CLOSED_IDLE, Direction, SYN_SENT_IDLE, Segment, State, two_way_step};
 pub use table::{BackendSide, ClientSide, Flow, FlowId, FlowTable, Inserted, NewFlow, TableFull, Touched};

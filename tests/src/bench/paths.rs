@@ -139,7 +139,8 @@ impl Stage {
                 DNAT[0]
             ),
         )?;
-        let haproxy = haproxy(&lab)?;
+        let haproxy =
+            haproxy(&lab, "hapr", (HAPROXY[0], PORT_HAPROXY).into(), &[(BI1, PORT_HAPROXY).into()])?;
         let (mut lanes, mut renewers) = (Vec::new(), Vec::new());
         for rig in RIGS {
             let config =
@@ -261,27 +262,28 @@ fn topology() -> Topology {
     Topology { segments: vec![SERVICE.into(), INSIDE.into()], hosts, ..Topology::default() }
 }
 
-/// Starts HAProxy in TCP mode with settings that its manual recommends for forwarding: one thread a processor, `splice-auto`.
-fn haproxy(lab: &Lab) -> Result<Process> {
+/// Starts HAProxy in TCP mode on a host, with settings that its manual recommends for forwarding: one thread a processor,
+/// `splice-auto`.
+pub(super) fn haproxy(lab: &Lab, host: &str, bind: SocketAddr, servers: &[SocketAddr]) -> Result<Process> {
     let config = lab.dir().join("haproxy.cfg");
-    std::fs::write(
-        &config,
-        format!(
-            "global\n    maxconn 4000\n    nbthread 2\n\
-             defaults\n    mode tcp\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n    option splice-auto\n\
-             listen bench\n    bind {}:{PORT_HAPROXY}\n    server bi1 {BI1}:{PORT_HAPROXY}\n",
-            HAPROXY[0]
-        ),
-    )?;
+    let mut text = format!(
+        "global\n    maxconn 4000\n    nbthread 2\n\
+         defaults\n    mode tcp\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n    option splice-auto\n\
+         listen bench\n    bind {bind} backlog 4096\n",
+    );
+    for (n, server) in servers.iter().enumerate() {
+        text += &format!("    server s{n} {server}\n");
+    }
+    std::fs::write(&config, text)?;
     let mut command = Command::new("haproxy");
     command.arg("-db").arg("-f").arg(&config);
     let process = lab
-        .host("hapr")
+        .host(host)
         .start("haproxy", command, &lab.dir().join("haproxy.log"))
         .context("run haproxy: install the package haproxy (\"deploy/setup.sh bench\")")?;
     // It listens when a connection is taken; there is no server behind it yet.
     let end = Instant::now() + Duration::from_secs(5);
-    while lab.host("client").run(|| TcpStream::connect((HAPROXY[0], PORT_HAPROXY))).is_err() {
+    while lab.host(host).run(|| TcpStream::connect(bind)).is_err() {
         if Instant::now() > end {
             let log = std::fs::read_to_string(process.log()).unwrap_or_default();
             bail!("haproxy does not listen: {log}");

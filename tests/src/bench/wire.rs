@@ -4,7 +4,7 @@
 //! `Documentation/bpf/bpf_prog_run.rst`): what it passes to `XDP_TX` leaves by the interface as if it had come in there. It
 //! runs on one processor, and so does whatever the kernel does with its frames; the lane in user space has a thread of its own.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use aya::maps::PerCpuArray;
 use aya::programs::{Xdp, XdpMode};
 use aya::{Ebpf, EbpfLoader};
 use komainu_lab::topology::{HostSpec, LinkSpec, RouteSpec};
-use komainu_lab::{Host, Lab, Topology};
+use komainu_lab::{Host, Lab, Process, Topology};
 use komainu_packet::lane::af_packet::AfPacketConfig;
 use komainu_packet::lane::kernel::sys;
 use komainu_packet::lane::{LaneKind, SharedLane};
@@ -26,6 +26,9 @@ use super::paths::nft;
 use crate::lane::{self, Renewer};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wire.o"));
+
+/// Name of what the two ends take by themselves.
+pub const ENDS: &str = "generator_and_counter";
 
 const CABLE: &str = "wire";
 const GENERATOR: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 10));
@@ -43,10 +46,14 @@ const CLIENTS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 0);
 const PORT: u16 = 80;
 /// Ethernet, IPv4 and TCP headers.
 const HEADERS: usize = 54;
+/// The same in whole words of eight bytes: what the generator copies.
+const TEMPLATE: usize = 56;
 /// The smallest Ethernet frame without its checksum.
 const FRAME: usize = 60;
 /// Frames for each call of the kernel: a tenth of a second of work and more, since it waits some milliseconds at the end of each.
 const BURST: u32 = 1 << 19;
+/// The same for connections to a proxy, which are mostly waited for.
+const BURST_OF_CALLS: u32 = 1 << 22;
 /// Frames of a burst that flows are warmed up with, where user space must keep up and where the kernel does it all, and how many
 /// frames for each flow: 1 in 1000 is missed.
 const WARM_BURST: u32 = 1 << 10;
@@ -79,18 +86,26 @@ impl Load {
 /// A data path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
+    /// None: the counter sits where a data path would, and frames go one way only. What the two ends take by themselves.
+    Ends,
     /// Swaps MAC addresses in the driver and sends: what nothing can be faster than.
     Reflector,
     /// The kernel's own address translation.
     Nftables,
+    /// A proxy in user space, on every processor of the machine.
+    Haproxy,
     /// A lane, in a mode.
     Lane(LaneKind, Mode),
 }
 
 impl Way {
-    /// All, in the order of the report.
-    pub fn all() -> Vec<Way> {
-        let mut ways = vec![Way::Reflector, Way::Nftables];
+    /// All that carry `load`, in the order of the report.
+    pub fn all(load: Load) -> Vec<Way> {
+        let mut ways = match load {
+            Load::Established(_) => vec![Way::Ends, Way::Reflector, Way::Nftables],
+            // What reflects makes no connections; and a proxy's segments are its own, so its packets can't be counted.
+            Load::Connections => vec![Way::Nftables, Way::Haproxy],
+        };
         for kind in [LaneKind::AfPacket, LaneKind::Tc, LaneKind::Xdp] {
             ways.extend([Mode::Dsr, Mode::Nat, Mode::NatTransparent].map(|mode| Way::Lane(kind, mode)));
         }
@@ -105,8 +120,10 @@ impl Way {
     /// Name in the results.
     pub fn name(self) -> String {
         match self {
+            Way::Ends => ENDS.to_owned(),
             Way::Reflector => "xdp_tx_reflector".to_owned(),
             Way::Nftables => super::paths::NFT.to_owned(),
+            Way::Haproxy => super::paths::HAPROXY_TCP.to_owned(),
             Way::Lane(kind, mode) => {
                 let mode = match mode {
                     Mode::Dsr => "dsr",
@@ -121,9 +138,11 @@ impl Way {
 
 /// One data path with generator and counter around it.
 pub struct Wire {
+    _haproxy: Option<Process>,
     lab: Lab,
     programs: Ebpf,
     lane: Option<(SharedLane, Renewer)>,
+    way: Way,
     load: Load,
     /// Frames of a burst while flows are new.
     warm_burst: u32,
@@ -150,6 +169,7 @@ impl Wire {
         let mut programs = EbpfLoader::new()
             .override_global("template", &template, true)
             .override_global("flows", &load.flows(way), true)
+            .override_global("service", &PORT, true)
             .override_global(
                 "answered",
                 &u32::from(load != Load::Connections || !way.answers_straight()),
@@ -157,11 +177,30 @@ impl Wire {
             )
             .load(OBJECT)
             .context("load the generator")?;
-        attach(&mut programs, "count", generator)?;
-        for name in ["generate", "generate_first", "generate_connections"] {
+        let count = if way == Way::Haproxy { "count_ends" } else { "count" };
+        attach(&mut programs, count, generator)?;
+        for name in ["generate", "generate_first", "generate_connections", "generate_calls"] {
             loaded(&mut programs, name)?;
         }
+        let mut haproxy = None;
         let lane = match way {
+            Way::Ends => {
+                // The same program is loaded once, and may sit at both ends.
+                attach_loaded(&mut programs, count, balancer)?;
+                None
+            }
+            Way::Haproxy => {
+                attach(&mut programs, "pass", balancer)?;
+                balancer.add_address(CABLE, VIP.into(), 32)?;
+                balancer.checksums_by_the_host()?;
+                // What the ends do not know: they answer with the options that they were sent.
+                for option in ["timestamps", "sack", "window_scaling"] {
+                    balancer.sysctl(&format!("ipv4/tcp_{option}"), "0")?;
+                }
+                let servers: Vec<_> = backends.iter().map(|b| SocketAddr::new(*b, PORT)).collect();
+                haproxy = Some(super::paths::haproxy(&lab, "lb", (VIP, PORT).into(), &servers)?);
+                None
+            }
             Way::Reflector => {
                 attach(&mut programs, "reflect", balancer)?;
                 None
@@ -199,7 +238,7 @@ impl Wire {
         // Only there a flow's first packets go up to user space, one by one.
         let goes_up = matches!(way, Way::Lane(_, Mode::Nat));
         let warm_burst = if goes_up { WARM_BURST } else { BURST_OF_KERNEL };
-        Ok(Wire { lab, programs, lane, load, warm_burst, opened: false })
+        Ok(Wire { _haproxy: haproxy, lab, programs, lane, way, load, warm_burst, opened: false })
     }
 
     /// Sends for `time` and says how much came through each second: packets, or connections whose acknowledgement did.
@@ -207,9 +246,10 @@ impl Wire {
     /// # Errors
     /// The kernel refuses to generate, or nothing comes through.
     pub fn per_second(&mut self, time: Duration) -> Result<f64> {
-        let (name, count) = match self.load {
-            Load::Established(_) => ("generate", 0),
-            Load::Connections => ("generate_connections", 1),
+        let (name, count, frames) = match self.load {
+            Load::Established(_) => ("generate", 0, BURST),
+            Load::Connections if self.way == Way::Haproxy => ("generate_calls", 1, BURST_OF_CALLS),
+            Load::Connections => ("generate_connections", 1, BURST),
         };
         let program = generator(&self.programs, name)?;
         let interface = self.lab.host("gen").on(CABLE).index;
@@ -225,7 +265,7 @@ impl Wire {
                 sched_setaffinity(Pid::from_raw(0), &one)?;
                 let start = Instant::now();
                 while start.elapsed() < time {
-                    burst(program, interface, BURST)?;
+                    burst(program, interface, frames)?;
                 }
                 Ok(start.elapsed())
             })
@@ -280,7 +320,12 @@ fn loaded<'a>(programs: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
 }
 
 fn attach(programs: &mut Ebpf, name: &str, host: &Host) -> Result<()> {
-    let program = loaded(programs, name)?;
+    loaded(programs, name)?;
+    attach_loaded(programs, name, host)
+}
+
+fn attach_loaded(programs: &mut Ebpf, name: &str, host: &Host) -> Result<()> {
+    let program: &mut Xdp = programs.program_mut(name).context("no such program")?.try_into()?;
     let index = host.on(CABLE).index;
     host.run(|| program.attach_to_if_index(index, XdpMode::Driver))
         .with_context(|| format!("attach the program {name} in {}", host.name()))?;
@@ -310,8 +355,8 @@ fn topology() -> Topology {
 }
 
 /// Headers of an ACK of an established connection from the first client port, with right checksums.
-fn template(from: [u8; 6], to: [u8; 6]) -> [u8; HEADERS] {
-    let mut t = [0; HEADERS];
+fn template(from: [u8; 6], to: [u8; 6]) -> [u8; TEMPLATE] {
+    let mut t = [0; TEMPLATE];
     t[..6].copy_from_slice(&to);
     t[6..12].copy_from_slice(&from);
     t[12..14].copy_from_slice(&0x0800u16.to_be_bytes());
@@ -333,7 +378,7 @@ fn template(from: [u8; 6], to: [u8; 6]) -> [u8; HEADERS] {
     let header = !sum(&t[14..34], 0);
     t[24..26].copy_from_slice(&header.to_be_bytes());
     let pseudo = u32::from(sum(&t[26..34], 6 + u32::from(length) - 20));
-    let segment = !sum(&t[34..54], pseudo);
+    let segment = !sum(&t[34..HEADERS], pseudo);
     t[50..52].copy_from_slice(&segment.to_be_bytes());
     t
 }
@@ -363,6 +408,6 @@ mod tests {
     fn the_template_sums_to_nothing() {
         let t = template([2; 6], [4; 6]);
         assert_eq!(sum(&t[14..34], 0), 0xffff);
-        assert_eq!(sum(&t[34..54], u32::from(sum(&t[26..34], 6 + 26))), 0xffff);
+        assert_eq!(sum(&t[34..HEADERS], u32::from(sum(&t[26..34], 6 + 26))), 0xffff);
     }
 }

@@ -15,7 +15,7 @@ use komainu_packet::lane::af_packet::{AfPacketConfig, DEFAULT_RING_SLOTS};
 use komainu_tests::bench::measure::Metric;
 use komainu_tests::bench::paths::{Stage, large_plan};
 use komainu_tests::bench::report::{self, Line};
-use komainu_tests::bench::wire::{Load, Way, Wire};
+use komainu_tests::bench::wire::{ENDS, Load, Way, Wire};
 use komainu_tests::bench::{flood, memory, program};
 use komainu_tests::lane::{self, Renewer};
 
@@ -209,13 +209,11 @@ fn alone(options: &Options) -> Result<Vec<Line>> {
 fn wire(options: &Options, metric: &str, load: Load, unit: &'static str, one: f64) -> Result<Vec<Line>> {
     let full = |name: &str| format!("{metric}/{name}");
     let wanted = |way: &Way| match &options.only {
-        // What reflects makes no connections.
-        _ if load == Load::Connections && *way == Way::Reflector => false,
         Some(only) => *only == metric || *only == full(&way.name()),
         None => true,
     };
     let mut wires = Vec::new();
-    for way in Way::all().into_iter().filter(wanted) {
+    for way in Way::all(load).into_iter().filter(wanted) {
         wires.push((way, Wire::build(way, load).with_context(|| full(&way.name()))?, Vec::new()));
     }
     for _ in 0..options.runs {
@@ -227,7 +225,7 @@ fn wire(options: &Options, metric: &str, load: Load, unit: &'static str, one: f6
     let values = |name: &str| wires.iter().find(|(way, ..)| way.name() == name).map(|(.., values)| values);
     let mut lines = Vec::new();
     for (way, _, ours) in &wires {
-        let mut peers = vec![Way::Reflector.name(), Way::Nftables.name()];
+        let mut peers = vec![Way::Reflector.name(), Way::Nftables.name(), Way::Haproxy.name()];
         peers.retain(|p| *p != way.name() && values(p).is_some());
         if peers.is_empty() {
             lines.push(Line::new(full(&way.name()), unit, ours, None));
@@ -237,7 +235,29 @@ fn wire(options: &Options, metric: &str, load: Load, unit: &'static str, one: f6
             lines.push(Line::new(full(&way.name()), unit, ours, theirs));
         }
     }
+    if let Some(ends) = values(ENDS)
+        && let Load::Established(_) = load
+    {
+        lines.extend(beyond_the_ends(metric, ends, one, &wires));
+    }
     Ok(lines)
+}
+
+/// What a packet takes of a data path itself, in nanoseconds: its share of a second less that of generator and counter, which a
+/// balancer's processor does not have to do.
+fn beyond_the_ends(metric: &str, ends: &[f64], one: f64, wires: &[(Way, Wire, Vec<f64>)]) -> Vec<Line> {
+    let full = |name: &str| format!("{metric}_ns/{name}");
+    let net = |values: &[f64]| -> Vec<f64> {
+        values.iter().zip(ends).map(|(ours, ends)| 1e9 / one * (1.0 / ours - 1.0 / ends)).collect()
+    };
+    let kernel = wires.iter().find(|(way, ..)| *way == Way::Nftables).map(|(.., values)| net(values));
+    let mut lines = Vec::new();
+    for (way, _, values) in wires.iter().filter(|(way, ..)| *way != Way::Ends) {
+        let theirs = kernel.as_deref().filter(|_| *way != Way::Nftables);
+        let theirs = theirs.map(|values| (full(&Way::Nftables.name()), values));
+        lines.push(Line::new(full(&way.name()), "ns", &net(values), theirs));
+    }
+    lines
 }
 
 /// Processor time that the lane's threads use in a second with nothing to do, in milliseconds.

@@ -113,6 +113,69 @@ fn no_port_is_given_twice_and_all_come_back() {
     }
 }
 
+/// Maps that were full were copied while nothing could be written into them: for 262 000 flows half a second.
+#[test]
+fn nothing_of_what_happens_while_the_maps_grow_is_lost() {
+    for hook in HOOKS {
+        const EACH: u32 = 2000;
+        let mut path = path(hook, 3, 1 << 17);
+        for flow in 0..EACH {
+            path.connect(flow);
+            path.connect(EACH + flow);
+            whole_connection(&mut path, 2 * EACH + flow, true);
+        }
+        path.begin_growing();
+        // Of each kind some before and some after what they change has been copied.
+        let (mut step, mut new) = (0, 100_000);
+        let mut ended = BTreeSet::new();
+        loop {
+            for n in (step..EACH).step_by(16) {
+                if !ended.contains(&n) && path.next(n).is_none() {
+                    panic!("{hook:?}: flow {n} ends");
+                }
+            }
+            for n in (EACH + step..2 * EACH).step_by(16) {
+                path.request(n, Flags::Rst).expect("the reset passes");
+                ended.insert(n);
+            }
+            for _ in 0..150 {
+                path.connect(new);
+                whole_connection(&mut path, 1_000_000 + new, new % 2 == 0);
+                new += 1;
+            }
+            whole_connection(&mut path, 2 * EACH + step, true);
+            if step == 3 {
+                // Those that have ended are forgotten.
+                path.tick_after(PAST_ENDS);
+            }
+            step += 1;
+            if path.grow() {
+                break;
+            }
+        }
+        assert!(step > 5, "{hook:?}: {step}");
+        assert_eq!(path.went_up(), 0, "{hook:?}");
+        let remembered = path.remembered() as usize;
+        assert_eq!(path.in_maps(), (remembered, remembered), "{hook:?}");
+        for n in (0..EACH).chain(100_000..new) {
+            path.next(n).expect("what was established goes on");
+        }
+        let different: BTreeSet<(u32, SocketAddr)> = path.bindings().into_iter().collect();
+        assert_eq!(different.len(), remembered, "{hook:?}: a port was given twice");
+        for n in (EACH..EACH + step).chain(2 * EACH..2 * EACH + step) {
+            path.connect(n);
+        }
+        // There is room for more than before.
+        for n in 0..20_000 {
+            path.connect(2_000_000 + n);
+        }
+        assert_eq!(path.went_up(), 0, "{hook:?}");
+        path.tick_after(PAST_ENDS);
+        let remembered = path.remembered() as usize;
+        assert_eq!(path.in_maps(), (remembered, remembered), "{hook:?}");
+    }
+}
+
 #[test]
 fn a_flood_of_syns_fills_no_map_and_shuts_nobody_out() {
     for hook in HOOKS {

@@ -275,6 +275,33 @@ fn a_flood_takes_upper_ports_and_then_ports_from_itself() {
     assert_eq!(bed.world.engine.may_make(bed.world.now), u64::from(MAX_HALF_OPEN));
 }
 
+/// Three hundred unanswered SYNs a second took all that a program may make, for half a minute each.
+#[test]
+fn flows_that_nobody_answers_wait_the_less_the_more_there_are() {
+    let mut bed = bed(100_000);
+    let grant = |bed: &mut Bed| bed.world.engine.may_make(bed.world.now);
+    for n in 0..MAX_HALF_OPEN as u16 {
+        bed.opened(4000 + n, 2000 + n);
+    }
+    let last = bed.opened(4000 + MAX_HALF_OPEN as u16, 2000 + MAX_HALF_OPEN as u16);
+    bed.learn(&step(&step(&last, Segment::Tcp, ToClient), Segment::Tcp, ToBackend));
+    assert_eq!(grant(&mut bed), 0);
+    bed.world.pass(2);
+    let soon = grant(&mut bed);
+    assert!((100..1000).contains(&soon), "{soon}: only the last have so little patience");
+    bed.world.pass(25);
+    let (later, half) = (grant(&mut bed), u64::from(MAX_HALF_OPEN / 2));
+    assert!(
+        (half * 8 / 10..=half).contains(&later),
+        "{later}: the first have all the patience that there is"
+    );
+    assert_eq!(bed.states()[&4000], "syn_sent");
+    bed.world.pass(4);
+    assert_eq!(grant(&mut bed), u64::from(MAX_HALF_OPEN));
+    bed.world.pass(60);
+    assert_eq!(bed.states(), HashMap::from([(4000 + MAX_HALF_OPEN as u16, "established")]));
+}
+
 #[test]
 fn no_more_is_granted_than_there_is_room_for() {
     let mut bed = bed(10);

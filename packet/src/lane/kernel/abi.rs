@@ -503,6 +503,8 @@ pub const FLOW_VERSION_SHIFT: u32 = 3;
 pub const NEWS_OPENED: u32 = 0;
 /// [`News::kind`]: the state of a flow has changed.
 pub const NEWS_CHANGED: u32 = 1;
+/// [`News::kind`]: a flow was not made after all. Only who copies the maps meanwhile has to know.
+pub const NEWS_UNDONE: u32 = 2;
 
 /// An address as the maps hold it.
 pub fn wide(address: IpAddr) -> [u8; 16] {

@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use aya::Ebpf;
 use aya::maps::Map;
@@ -19,7 +19,9 @@ use super::sys::{self, Mapped};
 use super::ticks;
 use crate::drops::Reason;
 use crate::engine::{Event, Port};
+use crate::flow::State;
 use crate::neighbour::Mac;
+use crate::plan::Protocol;
 
 /// What the program is to know of a service's remembered flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,7 @@ pub struct Maps {
     pub(super) slots: OwnedFd,
     flows: Growing<FlowKey, FlowCell>,
     bound: Growing<BoundKey, BoundCell>,
+    growing: AtomicBool,
     routes: OwnedFd,
     neighbours: OwnedFd,
     host: OwnedFd,
@@ -85,6 +88,7 @@ impl Maps {
             slots: take("slots")?,
             flows: Growing::new(take("flows")?, "flows", growing, Arc::clone(&config)).map_err(made())?,
             bound: Growing::new(take("bound")?, "bound", growing, Arc::clone(&config)).map_err(made())?,
+            growing: AtomicBool::new(false),
             routes: take("routes")?,
             neighbours: take("neighbours")?,
             host: take("host")?,
@@ -373,6 +377,92 @@ impl Maps {
             self.set_memory(number, Memory::None);
         }
         Ok(())
+    }
+
+    // Maps of flows that grow.
+
+    /// From how many flows on the maps of flows should grow, so that they have done so before they are full; `None`: they are as large
+    /// as they may be.
+    pub(super) fn grows_from(&self) -> Option<usize> {
+        let rooms = [self.flows.room(), self.bound.room()];
+        rooms.into_iter().filter(|(_, grows)| *grows).map(|(room, _)| room as usize / 2).min()
+    }
+
+    /// Begins to let the maps of flows grow. From now on whoever hears news must tell of it ([`Maps::note_news`]).
+    ///
+    /// # Errors
+    /// As bpf(2); then nothing was begun.
+    pub fn begin_growing(&self) -> io::Result<()> {
+        let begun = self.flows.begin().and_then(|()| self.bound.begin());
+        self.growing.store(begun.is_ok(), Ordering::Relaxed);
+        if begun.is_err() {
+            self.abandon_growing();
+        }
+        begun
+    }
+
+    /// Takes note of what the program wrote, while maps grow.
+    pub(super) fn note_news(&self, news: &abi::News) {
+        if !self.growing.load(Ordering::Relaxed) {
+            return;
+        }
+        self.flows.changed(&news.flow);
+        // A number is given to another backend only when all that the program told of the one before has been heard.
+        if let Some(backend) = self.backend(news.backend) {
+            let udp = State::of_bits(news.progress) == Some(State::Udp);
+            let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
+            self.bound.changed(&BoundKey {
+                backend: backend.address,
+                snat: news.snat,
+                backend_port: backend.port,
+                snat_port: news.snat_port,
+                protocol: protocol.number(),
+                ..BoundKey::zeroed()
+            });
+        }
+    }
+
+    /// Copies a piece of what the maps hold, which is so many flows. Whether it is time to finish: hardly anything is left, or they will
+    /// soon be full.
+    ///
+    /// # Errors
+    /// As bpf(2); it no longer grows.
+    pub fn proceed_growing(&self, flows: usize) -> io::Result<bool> {
+        let room = self.flows.room().0.min(self.bound.room().0) as usize;
+        if flows >= room - room / 8 {
+            return Ok(true);
+        }
+        let ready = self.flows.proceed().and_then(|flows| Ok(flows & self.bound.proceed()?));
+        if ready.is_err() {
+            self.abandon_growing();
+        }
+        ready
+    }
+
+    /// Puts the larger maps in force. `hear` has to hear all news that there is.
+    ///
+    /// # Errors
+    /// As bpf(2); it no longer grows, but for one of the two maps perhaps.
+    pub fn finish_growing(&self, hear: impl FnOnce()) -> io::Result<()> {
+        self.set_flags(abi::CONFIG_FROZEN, abi::CONFIG_FROZEN);
+        let done = self.flows.fence().and_then(|()| {
+            hear();
+            // Each waits for the kernel, and the kernel can have both wait for the same.
+            std::thread::scope(|scope| {
+                let flows = scope.spawn(|| self.flows.finish());
+                let bound = self.bound.finish();
+                flows.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))).and(bound)
+            })
+        });
+        self.set_flags(abi::CONFIG_FROZEN, 0);
+        self.abandon_growing();
+        done
+    }
+
+    fn abandon_growing(&self) {
+        self.growing.store(false, Ordering::Relaxed);
+        self.flows.abandon();
+        self.bound.abandon();
     }
 
     // Ways to clients.

@@ -111,6 +111,7 @@ impl News {
             {
                 *learned += 1;
             }
+            self.maps.note_news(&news);
             each(&news);
             pieces += 1;
         }

@@ -59,6 +59,9 @@ pub struct Sync {
     confirmed: usize,
     returned: u64,
     attend_at: BootTime,
+    /// Flows from which on their maps should grow.
+    grows_from: usize,
+    growing: bool,
 }
 
 impl Sync {
@@ -77,7 +80,6 @@ impl Sync {
             filler: Filler::new(Arc::clone(&maps)),
             ways: Ways::new(Arc::clone(&maps)),
             kernel,
-            maps,
             news,
             names,
             taps,
@@ -92,7 +94,33 @@ impl Sync {
             confirmed: 0,
             returned: 0,
             attend_at: BootTime(0),
+            grows_from: maps.grows_from().unwrap_or(usize::MAX),
+            growing: false,
+            maps,
         }
+    }
+
+    /// Does a piece of what it takes to let the maps of flows grow.
+    fn grow(&mut self, engine: &mut Engine, now: BootTime) {
+        let grown = match self.maps.proceed_growing(engine.flow_count()) {
+            Ok(false) => return,
+            Ok(true) => {
+                let maps = Arc::clone(&self.maps);
+                maps.finish_growing(|| {
+                    self.news.learn(engine, now);
+                })
+            }
+            Err(e) => Err(e),
+        };
+        self.growing = false;
+        self.grows_from = match grown {
+            Ok(()) => self.maps.grows_from().unwrap_or(usize::MAX),
+            Err(error) => {
+                tracing::warn!(%error, "the program's maps of flows could not be made larger yet");
+                // Whoever finds them full tries again.
+                engine.flow_count().saturating_mul(2)
+            }
+        };
     }
 
     fn attach(&mut self, port: Port, config: &PortConfig) -> Result<(), String> {
@@ -226,6 +254,19 @@ impl Below for Sync {
 
     fn learn(&mut self, engine: &mut Engine, now: BootTime) {
         self.news.learn(engine, now);
+        if !self.growing && engine.flow_count() >= self.grows_from {
+            // They may have grown already because they were full.
+            self.grows_from = self.maps.grows_from().unwrap_or(usize::MAX);
+            if engine.flow_count() >= self.grows_from {
+                match self.maps.begin_growing() {
+                    Ok(()) => self.growing = true,
+                    Err(error) => {
+                        tracing::warn!(%error, "the program's maps of flows can't be made larger yet");
+                        self.grows_from = engine.flow_count().saturating_mul(2);
+                    }
+                }
+            }
+        }
     }
 
     fn doze(&mut self, now: BootTime) -> Option<Duration> {
@@ -251,6 +292,12 @@ impl Below for Sync {
     }
 
     fn attend(&mut self, engine: &mut Engine, hops: &Hops, now: BootTime) {
+        if self.growing {
+            self.grow(engine, now);
+        }
+        if self.attend_at > now {
+            return;
+        }
         self.news.grant(engine, now);
         if self.again
             && let Err(error) = self.fill(engine, hops)
@@ -263,7 +310,7 @@ impl Below for Sync {
     }
 
     fn next_deadline(&self) -> BootTime {
-        self.attend_at
+        if self.growing { BootTime(0) } else { self.attend_at }
     }
 
     fn counters(&mut self, engine: &Engine, now: BootTime) -> Counters {
