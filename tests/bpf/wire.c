@@ -20,7 +20,8 @@
 #define ACKNOWLEDGED (ETH_LEN + 20 + 8)
 // Connections that are begun before a connection's next segment is sent: time for the answer to come.
 #define LAG 512
-// Connections to a proxy that are begun and not yet passed on, at most: fewer than what it may be late with is reset.
+// Connections whose next segment was sent and has not arrived, at most: what is measured is what a data path takes on, not what it
+// does with what it can't. Fewer than what a proxy is late with when it is reset.
 #define WINDOW 256
 // Frames not sent because of that, some 50 ms, after which what is still not passed on is given up.
 #define PATIENCE (1 << 20)
@@ -54,9 +55,24 @@ struct {
     TYPE(value, u64);
 } begun SEC(".maps");
 
-// Connections that were begun to a proxy, those that it has passed on, and those given up.
+// Connections that were begun, those whose ACK arrived, and those given up.
 u64 called, passed_on, given_up;
 u32 waited;
+
+// Whether a connection may be begun when so many may be open.
+static inline __attribute__((always_inline)) int may_begin(u64 window)
+{
+    u64 open = called - READ_ONCE(passed_on);
+
+    if (open - given_up >= window) {
+        if (++waited < PATIENCE)
+            return 0;
+        given_up = open;
+    }
+    waited = 0;
+    called++;
+    return 1;
+}
 
 // A byte of a segment that is the lower one of its 16 bits, and the segment's checksum with it (RFC 1624, equation 3).
 static inline __attribute__((always_inline)) void change(unsigned char *data, u32 at, unsigned char to)
@@ -124,7 +140,7 @@ int generate_first(struct xdp_md *ctx)
     return make(ctx, any_flow(), SYN);
 }
 
-// One connection after the other, each by a SYN, an ACK, and an RST, `LAG` connections apart: the template's sequence number,
+// One connection after the other, as many as arrive, each by a SYN, an ACK, and an RST, `LAG` connections apart: the template's sequence number,
 // 1, is that of the SYN.
 SEC("xdp")
 int generate_connections(struct xdp_md *ctx)
@@ -138,6 +154,9 @@ int generate_connections(struct xdp_md *ctx)
     if (!n)
         return XDP_ABORTED;
     step = *n % 3;
+    // The ACKs of the last `LAG` are not sent yet.
+    if (step == 0 && !may_begin(WINDOW + LAG))
+        return XDP_DROP;
     i = *n / 3 + 2 * LAG;
     *n += 1;
     if (make(ctx, (i - step * LAG) % flows, step == 0 ? SYN : step == 1 ? ACK : RST | ACK) != XDP_TX)
@@ -162,7 +181,6 @@ int generate_calls(struct xdp_md *ctx)
     unsigned char *data, *end;
     u32 zero = 0;
     u64 *n = map_lookup(&begun, &zero);
-    u64 open = called - READ_ONCE(passed_on);
 
     if (!n)
         return XDP_ABORTED;
@@ -177,13 +195,8 @@ int generate_calls(struct xdp_md *ctx)
         change(data, SEQUENCE + 3, 2);
         return XDP_TX;
     }
-    if (open - given_up >= WINDOW) {
-        if (++waited < PATIENCE)
-            return XDP_DROP;
-        given_up = open;
-    }
-    waited = 0;
-    called++;
+    if (!may_begin(WINDOW))
+        return XDP_DROP;
     *n += 1;
     return make(ctx, (*n / 2 + 2 * LAG) % flows, SYN);
 }
@@ -197,8 +210,20 @@ int generate_calls(struct xdp_md *ctx)
         __builtin_memcpy(b, kept, length);     \
     } while (0)
 
-// A backend: it counts, and answers a connection's first segment, so that a data path that looks at both sides takes the
-// connection for established.
+// Answers a connection's first segment, so that a data path that looks at both sides takes the connection for established.
+static inline __attribute__((always_inline)) int answer(unsigned char *data)
+{
+    if (data[FLAGS] != SYN || !answered)
+        return XDP_DROP;
+    EXCHANGE(data, data + 6, 6);
+    EXCHANGE(data + SOURCE, data + SOURCE + 4, 4);
+    EXCHANGE(data + PORTS, data + PORTS + 2, 2);
+    change(data, FLAGS, SYN | ACK);
+    change(data, ACKNOWLEDGED + 3, 2);
+    return XDP_TX;
+}
+
+// A backend that counts what arrives.
 SEC("xdp")
 int count(struct xdp_md *ctx)
 {
@@ -209,22 +234,25 @@ int count(struct xdp_md *ctx)
 
     if (n)
         *n += 1;
-    if (data + HEADERS > end)
+    return data + HEADERS > end ? XDP_DROP : answer(data);
+}
+
+// A backend that counts connections, by their ACKs.
+SEC("xdp")
+int count_connections(struct xdp_md *ctx)
+{
+    unsigned char *data = (void *)(long)ctx->data;
+    unsigned char *end = (void *)(long)ctx->data_end;
+    u32 which = 1;
+    u64 *n = map_lookup(&counted, &which);
+
+    if (data + HEADERS > end || !n)
         return XDP_DROP;
     if (data[FLAGS] == ACK) {
-        which = 1;
-        n = map_lookup(&counted, &which);
-        if (n)
-            *n += 1;
+        *n += 1;
+        __sync_fetch_and_add(&passed_on, 1);
     }
-    if (data[FLAGS] != SYN || !answered)
-        return XDP_DROP;
-    EXCHANGE(data, data + 6, 6);
-    EXCHANGE(data + SOURCE, data + SOURCE + 4, 4);
-    EXCHANGE(data + PORTS, data + PORTS + 2, 2);
-    change(data, FLAGS, SYN | ACK);
-    change(data, ACKNOWLEDGED + 3, 2);
-    return XDP_TX;
+    return answer(data);
 }
 
 // Sequence and acknowledgement number of a segment, in network order, and its flags, with its checksum (RFC 1624, equation 3).

@@ -122,9 +122,8 @@ pub fn page(lines: &[Line], command: &str) -> String {
          beyond those two, which no balancer's processor has to do besides, in nanoseconds of the same round. \
          `wire_packets_200k`: the same with 200 000 flows to 64 servers (`nftables_dnat`: to one).\n\
          - `wire_connections`: the same with one connection after the other, 64 servers: SYN, the server's answer (in `dsr` it goes \
-         elsewhere), ACK, RST, no two alike for a lane; counted by the ACKs that arrive. What a data path itself can take on, where in \
-         `tcp_connections` the two ends have most of the work. `haproxy_tcp` has every processor, is sent 256 connections more than it \
-         has passed on, and both its ends are a program in the driver: the client that acknowledges and the server that answers.\n\
+         elsewhere), ACK, RST, no two alike for a lane, as many as arrive (768 on their way); counted by the ACKs. What a data path itself can take on, where in \
+         `tcp_connections` the two ends have most of the work. `haproxy_tcp` has every processor, and both its ends are a program in the driver: the client that acknowledges and the server that answers.\n\
          - `syn_flood_ns`: the same for 10 000 established connections, without and with as many SYNs of 4 million clients between \
          them, a thousand in turn. `syn_flood_memory`: what 2 million SYNs, each of another client, take in memory besides; full NAT \
          remembers them as long as there is room for flows, and what was established before is there after.\n\

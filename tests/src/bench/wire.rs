@@ -177,7 +177,11 @@ impl Wire {
             )
             .load(OBJECT)
             .context("load the generator")?;
-        let count = if way == Way::Haproxy { "count_ends" } else { "count" };
+        let count = match load {
+            Load::Established(_) => "count",
+            Load::Connections if way == Way::Haproxy => "count_ends",
+            Load::Connections => "count_connections",
+        };
         attach(&mut programs, count, generator)?;
         for name in ["generate", "generate_first", "generate_connections", "generate_calls"] {
             loaded(&mut programs, name)?;
