@@ -2,7 +2,9 @@
 //!
 //! No algorithm can tell a dead peer from a cut cable. Under [`Policy::Safety`] the survivor waits for an operator; under
 //! [`Policy::Availability`] it goes *solo* by itself when its peer has been silent on every path for longer than any lease that
-//! it could hold, the arbiter (the service network's gateway) answers, and nobody else answers for an address of the cluster.
+//! it could hold, the arbiter (the service network's gateway) answers, and nobody else answers for an address of the cluster. A
+//! process that has ended, of which its executor or itself has told, is no cut cable: there the survivor asks nobody, and goes on as
+//! soon as its own lease and promise are over.
 //!
 //! Solo is a *line* of its own: a configuration of one voter under a new Raft id, named after its first term, whose parity is
 //! that of the node. So two solo terms are never the same, and nothing that belongs to one line is ever taken for part of another: not a
@@ -26,6 +28,9 @@ const EPOCHS: u32 = 12;
 /// How long a node whose process has never heard its peer waits for it: machines that are switched on at the same moment are
 /// up some seconds after each other.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(5);
+/// How long after a process was heard last its end, of which was told, makes asking about it needless: in less than
+/// [`BOOT_PATIENCE`] no process after it owns anything, so not even word that was long under way can be of the day before.
+pub const REMEMBERED_END: Duration = Duration::from_millis(2500);
 /// How old the end of a sounding may be when a decision is made on it.
 pub const FRESH: Duration = Duration::from_secs(1);
 

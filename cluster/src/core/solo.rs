@@ -2,7 +2,7 @@
 //! [`crate::pair`] and in `ARCHITECTURE.md`.
 //!
 //! ```text
-//!               silent, sounded, or forced                    a higher line has heard us
+//!         ended; silent, sounded; or forced                   a higher line has heard us
 //!   of two ─────────────────────────────────▶ solo ──────────────────────────────────────┐
 //!     ▲                                         │ the peer votes again                    ▼
 //!     │◀────────────────────────────────────────┘                               set aside what is ours alone
@@ -140,14 +140,15 @@ impl Core {
         if self.lock().yields_to().is_some() {
             return self.give_way_to_line();
         }
-        let wants = self.wants_to_go_alone();
+        let wants = self.wants_to_sound();
         if wants != self.alone.asked {
             self.alone.asked = wants;
             self.out.push_back(Output::Sound { on: wants });
         }
-        if wants && self.may_go_alone() {
-            self.alone.asked = false;
-            self.out.push_back(Output::Sound { on: false });
+        if self.may_go_alone() {
+            if std::mem::take(&mut self.alone.asked) {
+                self.out.push_back(Output::Sound { on: false });
+            }
             self.go_solo(CLUSTER);
         }
     }
@@ -165,16 +166,28 @@ impl Core {
     }
 
     /// Whether there is reason to ask about the peer, and its answer would mean something: until the promise is over it may own a
-    /// group, and answer for it.
-    fn wants_to_go_alone(&self) -> bool {
-        if self.config.pair != Policy::Availability || self.disk.has_failed() {
-            return false;
-        }
-        let Ok(peer) = self.pair() else { return false };
+    /// group, and answer for it. Nobody has to be asked about a process that is known to have ended.
+    fn wants_to_sound(&self) -> bool {
+        let Some(peer) = self.peer_to_do_without() else { return false };
         let pulse = self.lock();
         let silent = self.silent_for(&pulse, peer);
         silent.is_some_and(|s| s >= pair::suspicion(&self.config.timing))
             && self.now.at >= pulse.promise_free_at()
+            && !self.has_ended(&pulse, peer)
+    }
+
+    /// The only peer, if this node may go on without it by itself.
+    fn peer_to_do_without(&self) -> Option<RaftId> {
+        let may = self.config.pair == Policy::Availability && !self.disk.has_failed();
+        self.pair().ok().filter(|_| may)
+    }
+
+    /// Whether the peer's process has ended for certain, and no other process of that node can have come to own anything since it was
+    /// heard: that one owns nothing without this node's acknowledgements before it has waited for [`BOOT_PATIENCE`].
+    fn has_ended(&self, pulse: &Pulse, peer: RaftId) -> bool {
+        let node = peer.node();
+        pulse.has_died(node)
+            && pulse.heard_at(node).is_some_and(|at| self.now.at.since(at) < pair::REMEMBERED_END)
     }
 
     /// Whether nothing speaks against it any more. What the peer may have held under this configuration ended before anybody
@@ -182,9 +195,12 @@ impl Core {
     /// it never outlasts this node's own lease.
     fn may_go_alone(&self) -> bool {
         let now = self.now.at;
-        let Some(s) = self.alone.sounding.filter(|s| now.since(s.ended) <= FRESH) else { return false };
-        let Ok(peer) = self.pair() else { return false };
+        let Some(peer) = self.peer_to_do_without() else { return false };
         let pulse = self.lock();
+        if self.has_ended(&pulse, peer) {
+            return pulse.may_promise(now);
+        }
+        let Some(s) = self.alone.sounding.filter(|s| now.since(s.ended) <= FRESH) else { return false };
         let Some(silent) = self.silent_for(&pulse, peer) else { return false };
         let asked_in_silence = silent.checked_sub(now.since(s.began));
         silent >= pair::silence(&self.config.timing)

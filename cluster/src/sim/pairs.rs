@@ -456,11 +456,12 @@ mod tests {
         }
     }
 
-    /// Nobody waits for a process of which it is known that it has ended: the service network is sounded at once.
+    /// Nobody waits for a process of which it is known that it has ended, nor asks anybody about it.
     #[test]
     fn a_death_that_was_told_is_not_waited_for() {
         for seed in 0..20 {
             let mut w = formed(seed, Policy::Availability);
+            w.service.no_gateway.extend([1, 2]);
             // Leadership follows ownership; else the survivor's own lease would have to end first.
             let leads = |w: &World| w.owner(G).is_some() && w.owner(G) == w.leader();
             assert!(w.run_until(w.t + 60_000 * MS, leads).unwrap(), "{}", told(&w));
@@ -473,8 +474,34 @@ mod tests {
                 "{}",
                 told(&w)
             );
-            assert!(w.t - died < SILENCE, "seed {seed}: after {} ms\n{}", (w.t - died) / MS, told(&w));
+            let after = (w.t - died) / MS;
+            assert!(after < 40, "seed {seed}: after {after} ms, a sounding takes longer\n{}", told(&w));
             w.start(owner).unwrap();
+            assert!(w.run_until(w.t + 6_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));
+        }
+    }
+
+    /// An owner whose standby was stopped or killed sounded the service network first, for 60 ms after its lease.
+    #[test]
+    fn the_end_of_a_standby_that_was_told_costs_its_owner_no_sounding() {
+        for seed in 0..20 {
+            let mut w = formed(seed, Policy::Availability);
+            w.service.no_gateway.extend([1, 2]);
+            let leads = |w: &World| w.owner(G).is_some() && w.owner(G) == w.leader();
+            assert!(w.run_until(w.t + 60_000 * MS, leads).unwrap(), "{}", told(&w));
+            w.run_for(500 * MS).unwrap();
+            let owner = w.owner(G).unwrap();
+            w.kill_and_tell(3 - owner, MS);
+            let until = w.t + 500 * MS;
+            let (mut silent, mut longest) = (0, 0);
+            while w.t < until {
+                w.run_for(MS).unwrap();
+                silent = if w.owner(G) == Some(owner) { 0 } else { silent + 1 };
+                longest = longest.max(silent);
+            }
+            assert!(longest < 40, "seed {seed}: {longest} ms\n{}", told(&w));
+            assert!(w.is_solo(owner) && w.owner(G) == Some(owner), "{}", told(&w));
+            w.start(3 - owner).unwrap();
             assert!(w.run_until(w.t + 6_000 * MS, is_whole).unwrap(), "seed {seed}\n{}", told(&w));
         }
     }

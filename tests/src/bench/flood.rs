@@ -21,6 +21,8 @@ const HALF_OPEN: u32 = 8192;
 const GROWN: u32 = 1 << 16;
 /// Packets between two of the flood's turns.
 const SLICE: u32 = 1000;
+/// Such turns in a round: before each the kernel waits some milliseconds for its other programs.
+const MOST_SLICES: u32 = 150;
 
 /// Measures in `runs` rounds of about `packets` packets each.
 ///
@@ -40,7 +42,7 @@ pub fn measure(runs: usize, packets: u32) -> Result<Vec<Line>> {
         let flood = Bench { runs: 0, flows: FLOOD, v4: 1, frame: packet(false, SYN) };
         flooded_bed.grant(HALF_OPEN.into());
         run_all(&harness, &flood, flooded_bed.program()?, 2 * HALF_OPEN)?;
-        let slices = (packets / SLICE).max(1);
+        let slices = (packets / SLICE).clamp(1, MOST_SLICES);
         let round = |flooded: bool| -> Result<f64> {
             let (mut floor, mut cost) = (0.0, 0.0);
             let program = if flooded { flooded_bed.program()? } else { calm_bed.program()? };
