@@ -449,9 +449,15 @@ impl Maps {
             hear();
             // Each waits for the kernel, and the kernel can have both wait for the same.
             std::thread::scope(|scope| {
-                let flows = scope.spawn(|| self.flows.finish());
+                let beside = std::thread::Builder::new().spawn_scoped(scope, || self.flows.finish());
                 let bound = self.bound.finish();
-                flows.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))).and(bound)
+                let flows = match beside {
+                    Ok(beside) => {
+                        beside.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
+                    }
+                    Err(_) => self.flows.finish(),
+                };
+                flows.and(bound)
             })
         });
         self.set_flags(abi::CONFIG_FROZEN, 0);

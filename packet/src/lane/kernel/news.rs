@@ -72,13 +72,15 @@ impl News {
         }
     }
 
-    /// Has the engine learn what there is, and gives out anew how many flows may be made. How many pieces it was.
+    /// Has the engine learn what there is, and gives out anew how many flows may be made. How many pieces told of something that was
+    /// done.
     pub fn learn(&mut self, engine: &mut Engine, now: BootTime) -> usize {
-        let mut pieces = 0;
+        let (mut pieces, mut done) = (0, 0);
         while pieces < AT_ONCE {
             let taken = self.take(GRANT_EVERY, |news| {
                 if let Some(kept) = kept(news) {
                     engine.learn(&kept, now);
+                    done += 1;
                 }
             });
             if taken == 0 {
@@ -97,7 +99,7 @@ impl News {
                 self.maps.set_wake(false);
             }
         }
-        pieces
+        done
     }
 
     /// Takes what there is, `most` pieces at most, for `each`; how many. Whoever takes without an engine gives out grants himself.
