@@ -29,7 +29,7 @@ const EPOCHS: u32 = 12;
 /// up some seconds after each other.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long after a process was heard last its end, of which was told, makes asking about it needless: in less than
-/// [`BOOT_PATIENCE`] no process after it owns anything, so not even word that was long under way can be of the day before.
+/// [`BOOT_PATIENCE`] no process after it owns anything, so a word that was long under way does no harm.
 pub const REMEMBERED_END: Duration = Duration::from_millis(2500);
 /// How old the end of a sounding may be when a decision is made on it.
 pub const FRESH: Duration = Duration::from_secs(1);

@@ -140,12 +140,13 @@ impl Core {
         if self.lock().yields_to().is_some() {
             return self.give_way_to_line();
         }
-        let wants = self.wants_to_sound();
+        let peer = self.peer_to_do_without();
+        let wants = peer.is_some_and(|peer| self.wants_to_sound(peer));
         if wants != self.alone.asked {
             self.alone.asked = wants;
             self.out.push_back(Output::Sound { on: wants });
         }
-        if self.may_go_alone() {
+        if peer.is_some_and(|peer| self.may_go_alone(peer)) {
             if std::mem::take(&mut self.alone.asked) {
                 self.out.push_back(Output::Sound { on: false });
             }
@@ -167,8 +168,7 @@ impl Core {
 
     /// Whether there is reason to ask about the peer, and its answer would mean something: until the promise is over it may own a
     /// group, and answer for it. Nobody has to be asked about a process that is known to have ended.
-    fn wants_to_sound(&self) -> bool {
-        let Some(peer) = self.peer_to_do_without() else { return false };
+    fn wants_to_sound(&self, peer: RaftId) -> bool {
         let pulse = self.lock();
         let silent = self.silent_for(&pulse, peer);
         silent.is_some_and(|s| s >= pair::suspicion(&self.config.timing))
@@ -193,9 +193,8 @@ impl Core {
     /// Whether nothing speaks against it any more. What the peer may have held under this configuration ended before anybody
     /// was asked: a leader's lease needs this node's acknowledgement, and the promise behind that is over; what this node granted
     /// it never outlasts this node's own lease.
-    fn may_go_alone(&self) -> bool {
+    fn may_go_alone(&self, peer: RaftId) -> bool {
         let now = self.now.at;
-        let Some(peer) = self.peer_to_do_without() else { return false };
         let pulse = self.lock();
         if self.has_ended(&pulse, peer) {
             return pulse.may_promise(now);

@@ -456,16 +456,21 @@ mod tests {
         }
     }
 
+    /// Leadership has followed ownership, else a survivor's own lease would have to end first; and there is no gateway to ask.
+    fn led_by_its_owner(seed: u64) -> World {
+        let mut w = formed(seed, Policy::Availability);
+        w.service.no_gateway.extend([1, 2]);
+        let leads = |w: &World| w.owner(G).is_some() && w.owner(G) == w.leader();
+        assert!(w.run_until(w.t + 60_000 * MS, leads).unwrap(), "{}", told(&w));
+        w.run_for(500 * MS).unwrap();
+        w
+    }
+
     /// Nobody waits for a process of which it is known that it has ended, nor asks anybody about it.
     #[test]
     fn a_death_that_was_told_is_not_waited_for() {
         for seed in 0..20 {
-            let mut w = formed(seed, Policy::Availability);
-            w.service.no_gateway.extend([1, 2]);
-            // Leadership follows ownership; else the survivor's own lease would have to end first.
-            let leads = |w: &World| w.owner(G).is_some() && w.owner(G) == w.leader();
-            assert!(w.run_until(w.t + 60_000 * MS, leads).unwrap(), "{}", told(&w));
-            w.run_for(500 * MS).unwrap();
+            let mut w = led_by_its_owner(seed);
             let owner = w.owner(G).unwrap();
             let died = w.t;
             w.kill_and_tell(owner, MS);
@@ -485,11 +490,7 @@ mod tests {
     #[test]
     fn the_end_of_a_standby_that_was_told_costs_its_owner_no_sounding() {
         for seed in 0..20 {
-            let mut w = formed(seed, Policy::Availability);
-            w.service.no_gateway.extend([1, 2]);
-            let leads = |w: &World| w.owner(G).is_some() && w.owner(G) == w.leader();
-            assert!(w.run_until(w.t + 60_000 * MS, leads).unwrap(), "{}", told(&w));
-            w.run_for(500 * MS).unwrap();
+            let mut w = led_by_its_owner(seed);
             let owner = w.owner(G).unwrap();
             w.kill_and_tell(3 - owner, MS);
             let until = w.t + 500 * MS;

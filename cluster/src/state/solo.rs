@@ -68,7 +68,9 @@ impl State {
             }
         }
         let text = match who {
-            CLUSTER => format!("goes on alone in term {term}: its peer is silent on every path"),
+            CLUSTER => {
+                format!("goes on alone in term {term}: its peer is silent on every path, or has ended")
+            }
             _ => format!("goes on alone in term {term}: forced"),
         };
         self.solo_event(who, wall_ms, &name, text);
