@@ -116,7 +116,7 @@ impl Sync {
         self.grows_from = match grown {
             Ok(()) => self.maps.grows_from().unwrap_or(usize::MAX),
             Err(error) => {
-                tracing::warn!(%error, "the program's maps of flows could not be made larger yet");
+                tracing::warn!(%error, "the program's maps of flows could not be made larger yet: beyond their room connections pass through user space; is the machine short of memory?");
                 // Whoever finds them full tries again.
                 engine.flow_count().saturating_mul(2)
             }
@@ -261,7 +261,7 @@ impl Below for Sync {
                 match self.maps.begin_growing() {
                     Ok(()) => self.growing = true,
                     Err(error) => {
-                        tracing::warn!(%error, "the program's maps of flows can't be made larger yet");
+                        tracing::warn!(%error, "the program's maps of flows can't be made larger yet: beyond their room connections pass through user space; is the machine short of memory?");
                         self.grows_from = engine.flow_count().saturating_mul(2);
                     }
                 }
