@@ -5,9 +5,9 @@
  *
  * Who writes what:
  *   user space only   config, generation, slots, backends, services, filters, leases, routes, neighbours, host, grants; it alone takes
- *                     entries out of flows and bound
- *   the program only  traffic, tally, seen, news; `last_seen` of flows and bound
- *   both              entries of flows and bound: user space any, the program those of kept flows (FLOW_KEPT)
+ *                     flows out of names
+ *   the program only  traffic, tally, seen, news; `last_seen` of flows
+ *   both              pool, names: user space any flow, the program kept ones (FLOW_KEPT), in cells that it was given for them
  *
  * Words that are read while they may be written are 8 bytes long and aligned, so that no reader sees half of one.
  * Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6. Ports are in network order.
@@ -29,6 +29,8 @@
 #define SLOTS_PER_LINE 16
 /* Registers of a window of `seen`. */
 #define REGISTERS 256
+/* Secrets that a hash of a flow's name takes at most. */
+#define INDEX_SECRETS 11
 /* Length of such a window in ns. */
 #define WINDOW 3000000000ULL
 /* `last_seen` is written at most so often, to spare the cache line: 2^27 ns, 134 ms. */
@@ -63,7 +65,12 @@ struct config {
     u64 slack;
     /* The plan in force: PLAN_* */
     u64 plan;
-    u32 reserved[8];
+    /* Where flows are found: INDEX_* */
+    u64 index;
+    u64 reserved[3];
+    /* What the hashes of flows' names are made with: table.h. */
+    u64 secrets[INDEX_SECRETS];
+    u64 reserved1[5];
 };
 
 /* In `config.plan`: the entry of `generation` that it stands in, how far a hash is shifted to number its cells, what the hash
@@ -72,13 +79,19 @@ struct config {
 #define PLAN_SHIFT(word) ((u32)(word) >> 8 & 63)
 #define PLAN_SEED(word) ((u32)((word) >> 32))
 
-/* Every flow of `nat` whose answers may come is in `bound`: an answer that is not found there is dropped here. */
+/* In `config.index`: the entry of `names` that it stands in, how far a hash is shifted to number its lines. While INDEX_GROWS names may
+ * stand in a larger one at the other entry, too; while INDEX_MOVES new ones go there. One word, as above. */
+#define INDEX_ENTRY(word) ((u32)(word) & 1)
+#define INDEX_GROWS 2
+#define INDEX_MOVES 4
+#define INDEX_SHIFT(word) ((u32)(word) >> 8 & 31)
+#define INDEX_NEXT_SHIFT(word) ((u32)(word) >> 16 & 31)
+
+/* Every flow of `nat` whose answers may come is in the table: an answer that is not found there is dropped here. */
 #define CONFIG_BOUND_COMPLETE 1u
 /* There are nat-transparent services of that family. */
 #define CONFIG_THROUGH_V4 2u
 #define CONFIG_THROUGH_V6 4u
-/* The tables of flows are being replaced: nothing but `last_seen` is written into them. */
-#define CONFIG_FROZEN 8u
 /* User space sleeps until it is woken: the next piece of news wakes it. */
 #define CONFIG_WAKE 16u
 
@@ -202,7 +215,7 @@ struct backend {
 #define SERVICE_IN_PLAN 1u
 /* Flows of it are remembered. */
 #define SERVICE_CONSULT 2u
-/* All of its remembered flows are in `flows`: one that isn't there is not remembered. */
+/* All of its remembered flows are in the table: one that isn't there is not remembered. */
 #define SERVICE_CONCLUSIVE 4u
 
 /* A service, by the number of the engine's state. */
@@ -252,6 +265,8 @@ struct flow_key {
 /* Above them: counts the changes of its state. */
 #define FLOW_VERSION_SHIFT 3
 
+/* A flow, in a cell of the pool: a cache line. As long as it is in `names` nothing of it changes but `last_seen` and the word of its state,
+ * and a cell that was taken from there is left alone for a while (flows.rs), so that whoever has just found it finds it unchanged. */
 struct flow {
     u64 last_seen;
     u32 backend;
@@ -261,23 +276,53 @@ struct flow {
     u8 progress;
     u16 snat_port;
     u8 snat[16];
+    u8 client[16];
+    /* NOBODY: a name on the backend's side that is taken for a flow which is not there yet. */
+    u32 service;
+    u16 client_port;
+    /* Of a bound flow. */
+    u8 protocol;
+    u8 reserved;
+    /* Of the name on the client's side, and of that on the backend's: address and port of both ends, and the protocol. */
+    u32 client_hash;
+    u32 answers_hash;
+};
+#define NOBODY 0xffffffffu
+
+/* Cells of a block of the pool. */
+#define BLOCK_SHIFT 16
+#define BLOCK_FLOWS (1 << BLOCK_SHIFT)
+
+/* A line of the index: a cache line. A name stands in the line that its hash numbers or, where that is full, in one of those behind it,
+ * INDEX_PROBES in all; and as long as that is so, the first one counts it. */
+#define LINE_SLOTS 7
+#define INDEX_PROBES 8
+struct line {
+    /* Names that stand behind this line. */
+    u64 displaced;
+    /* The hash, and in the lower half the number of the flow's cell + 1; 0: free. */
+    u64 slots[LINE_SLOTS];
 };
 
 /* SNAT ports that flows are given here; engine/nat.rs has the same. */
 #define SNAT_PORT_MIN 1024u
 #define SNAT_PORT_UPPER 49152u
 
-/* How many flows a processor may have made since the program was loaded. */
+/* Cells that a processor has been given at a time, at most: engine/nat.rs MAX_HALF_OPEN. */
+#define GRANT_CELLS 8192
+
+/* How many flows a processor may have made since the program was loaded, and in which cells: what it takes as the n-th stands in `cells`
+ * at n modulo GRANT_CELLS, and `given` of them have been written. */
 struct grant {
     u64 most;
-    u64 reserved[7];
+    u64 given;
+    u64 reserved[6];
+    u32 cells[GRANT_CELLS];
 };
 
-/* A flow was made, in the place of a closing one of the same name if there was one; its state has changed; or it was not made after all,
- * which concerns only who copies the maps meanwhile. */
+/* A flow was made, in the place of a closing one of the same name if there was one; or its state has changed. */
 #define NEWS_OPENED 0
 #define NEWS_CHANGED 1
-#define NEWS_UNDONE 2
 
 /* Size of the ring `news`: some 58 000 pieces. */
 #define NEWS_BYTES (1 << 22)
@@ -296,34 +341,6 @@ struct news {
     u32 cpu;
     /* NEWS_* */
     u32 kind;
-};
-
-/* A flow's name as its backend's answers carry it. */
-struct bound_key {
-    u8 backend[16];
-    u8 snat[16];
-    u16 backend_port;
-    u16 snat_port;
-    u8 protocol;
-    u8 reserved[3];
-};
-
-struct bound {
-    u64 last_seen;
-    u32 backend;
-    u32 service;
-    u8 client[16];
-    u16 client_port;
-    u8 flags;
-    u8 reserved[5];
-};
-
-/* Where a flow is put together: its keys and values are too much for the stack, and what nobody names stays 0. */
-struct scratch {
-    struct bound other;
-    struct flow flow;
-    struct bound_key answers;
-    struct flow_key name;
 };
 
 struct route_key {
@@ -378,14 +395,17 @@ struct tally {
     u64 up[TALLY_UP];
     /* Flows made. */
     u64 made;
-    u64 reserved[23];
+    /* Cells taken for them: fewer, for a closing flow begins anew in its own. */
+    u64 taken;
+    u64 reserved[22];
 };
 
 #define CHECK_SIZE(type, size) _Static_assert(sizeof(struct type) == (size), "size of " #type)
 #define CHECK_OFFSET(type, field, at) _Static_assert(__builtin_offsetof(struct type, field) == (at), #type "." #field)
 CHECK_SIZE(port, 32);
-CHECK_SIZE(config, 128);
+CHECK_SIZE(config, 256);
 CHECK_OFFSET(config, slack, 80);
+CHECK_OFFSET(config, secrets, 128);
 CHECK_SIZE(place, 20);
 CHECK_SIZE(record, 96);
 CHECK_SIZE(place_entry, 128);
@@ -403,19 +423,20 @@ CHECK_OFFSET(service, filter, 28);
 CHECK_SIZE(filter_line, 64);
 CHECK_SIZE(lease, 64);
 CHECK_SIZE(flow_key, 24);
-CHECK_SIZE(flow, 32);
+CHECK_SIZE(flow, 64);
 CHECK_OFFSET(flow, flags, 12);
 CHECK_OFFSET(flow, snat_port, 14);
-CHECK_SIZE(bound_key, 40);
-CHECK_SIZE(bound, 40);
-CHECK_OFFSET(bound, client_port, 32);
+CHECK_OFFSET(flow, client, 32);
+CHECK_OFFSET(flow, service, 48);
+CHECK_OFFSET(flow, client_hash, 56);
+CHECK_SIZE(line, 64);
 CHECK_SIZE(route_key, 20);
 CHECK_SIZE(neighbour_key, 20);
 CHECK_SIZE(traffic, 64);
 CHECK_SIZE(seen, 528);
 CHECK_SIZE(clock, 64);
 CHECK_SIZE(tally, 1024);
-CHECK_SIZE(grant, 64);
+CHECK_SIZE(grant, 64 + 4 * GRANT_CELLS);
 CHECK_SIZE(news, 64);
 
 #endif

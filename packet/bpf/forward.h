@@ -30,7 +30,7 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
     u32 number, hash = 0;
     enum deed deed = DEED_NONE;
     if (r->flags & RECORD_TRACKS_ALL) {
-        f = find_flow(r->service, p->src, p->src_port);
+        f = find_flow(c, p, r->service);
         if (!f) {
             if (!(r->flags & RECORD_MAKES) || !(is_syn(p) || p->protocol == PROTO_UDP))
                 return up(ctx, in, UP_FLOW);
@@ -45,7 +45,7 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
                 return up(ctx, in, UP_ROOM);
             u32 flags = READ_ONCE(s->flags);
             if (flags & SERVICE_CONSULT && may_be_remembered(s, hash)) {
-                f = find_flow(service, p->src, p->src_port);
+                f = find_flow(c, p, service);
                 if (!f && !(flags & SERVICE_CONCLUSIVE))
                     return up(ctx, in, UP_FLOW);
             }
@@ -115,17 +115,16 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
             if (f) {
                 if (!(f->flags & FLOW_BOUND))
                     return up(ctx, in, UP_FLOW);
-                if (unlikely(deed) && !(deed == DEED_REOPEN ? reopen_flow(f, p, r, now) : note_request(f, p, r->service, now)))
+                if (unlikely(deed) && !(deed == DEED_REOPEN ? reopen_flow(f, p, r, now) : note_segment(f, p->flags, 0, now)))
                     return up(ctx, in, UP_NOTE);
                 src.address = (const u32 *)f->snat;
                 src.port = f->snat_port;
             } else {
-                u32 zero = 0;
-                struct scratch *made = map_lookup(&scratch, &zero);
-                if (!made || !make_flow(p, r, number, now))
+                struct flow *made = make_flow(p, r, number, now);
+                if (!made)
                     return up(ctx, in, UP_NOTE);
-                src.address = (const u32 *)made->flow.snat;
-                src.port = made->flow.snat_port;
+                src.address = (const u32 *)made->snat;
+                src.port = made->snat_port;
             }
         }
         int done = p->protocol == PROTO_TCP ? rewrite_ends(ctx, v6, 1, src, dst, hop, own)
@@ -145,10 +144,10 @@ INLINE int forward_request(context *ctx, int v6, const struct config *c, struct 
     return leave(c, in, out);
 }
 
-/* A packet from a backend back to its client. The lease has been looked at. `changed`: the backend's side of a kept flow whose state the
- * packet may change. */
+/* A packet from a backend back to its client. The lease has been looked at. `changed`: a kept flow whose state the packet may
+ * change. */
 INLINE int forward_answer(context *ctx, int v6, const struct config *c, struct tally *t, u32 in, const struct packet *p, u32 number, struct end src,
-                          struct end dst, u64 *last_seen, struct bound *changed, u64 now)
+                          struct end dst, u64 *last_seen, struct flow *changed, u64 now)
 {
     if (unlikely(p->ttl <= 1))
         return up(ctx, in, UP_TTL);
@@ -162,7 +161,7 @@ INLINE int forward_answer(context *ctx, int v6, const struct config *c, struct t
     struct traffic *passed = own_traffic(c, number);
     if (!passed)
         return up(ctx, in, UP_ROOM);
-    if (unlikely(changed) && !note_answer(changed, p, now))
+    if (unlikely(changed) && !note_segment(changed, p->flags, 1, now))
         return up(ctx, in, UP_NOTE);
 
     u64 own = port_of(c, out)->mac;
@@ -184,20 +183,10 @@ INLINE int answer_bound(context *ctx, int v6, const struct config *c, struct tal
     u64 until = lease_until(group, 0), now = time_before(c, t, until);
     if (now >= until)
         return drop(DROP_NO_LEASE);
-    struct bound_key key = {};
-    u32 *words = (u32 *)key.backend;
-    words[0] = p->src[0], words[1] = p->src[1], words[2] = p->src[2], words[3] = p->src[3];
-    words = (u32 *)key.snat;
-    words[0] = p->dst[0], words[1] = p->dst[1], words[2] = p->dst[2], words[3] = p->dst[3];
-    key.backend_port = p->src_port;
-    key.snat_port = p->dst_port;
-    key.protocol = p->protocol;
-    u32 zero = 0;
-    void *table = map_lookup(&bound, &zero);
-    struct bound *b = table ? map_lookup(table, &key) : 0;
-    if (!b)
+    struct flow *f = find_answered(c, p);
+    if (!f)
         return c->flags & CONFIG_BOUND_COMPLETE ? drop(DROP_NO_BINDING) : up(ctx, in, UP_FLOW);
-    u32 number = b->service;
+    u32 number = f->service;
     struct service *s = map_lookup(&services, &number);
     if (!s)
         return up(ctx, in, UP_ROOM);
@@ -205,15 +194,15 @@ INLINE int answer_bound(context *ctx, int v6, const struct config *c, struct tal
         return drop(DROP_NO_SERVICE);
     if (s->group != group && !is_leased(c, t, s->group, 0))
         return drop(DROP_NO_LEASE);
-    struct bound *changed = 0;
-    u32 flow_flags = READ_ONCE(b->flags);
+    struct flow *changed = 0;
+    u32 flow_flags = READ_ONCE(f->flags);
     if (unlikely(!is_plain(p) || !(flow_flags & FLOW_STEADY))) {
         if (!(flow_flags & FLOW_KEPT))
             return up(ctx, in, is_plain(p) ? UP_UNSTEADY : UP_SEGMENT);
-        changed = b;
+        changed = f;
     }
-    struct end src = {(const u32 *)s->vip, s->port}, dst = {(const u32 *)b->client, b->client_port};
-    return forward_answer(ctx, v6, c, t, in, p, b->backend, src, dst, &b->last_seen, changed, now);
+    struct end src = {(const u32 *)s->vip, s->port}, dst = {(const u32 *)f->client, f->client_port};
+    return forward_answer(ctx, v6, c, t, in, p, f->backend, src, dst, &f->last_seen, changed, now);
 }
 
 /* A packet from a `nat-transparent` backend to a client. */
@@ -232,7 +221,7 @@ INLINE int answer_transparent(context *ctx, int v6, const struct config *c, stru
     u32 flags = READ_ONCE(s->flags);
     if (flags & SERVICE_CONSULT &&
         may_be_remembered(s, hash_flow(HASH_SEED, v6, p->dst, p->dst_port, (const u32 *)r->vip, r->vip_port, p->protocol))) {
-        struct flow *f = find_flow(number, p->dst, p->dst_port);
+        struct flow *f = find_flow_back(c, p, number);
         if (f) {
             if (!is_plain(p))
                 return up(ctx, in, UP_SEGMENT);

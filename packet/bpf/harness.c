@@ -52,11 +52,11 @@ struct {
 } flows_layout SEC(".maps");
 
 struct {
-    UINT(type, BPF_MAP_TYPE_HASH);
+    UINT(type, BPF_MAP_TYPE_ARRAY);
     UINT(max_entries, 1);
-    TYPE(key, struct bound_key);
-    TYPE(value, struct bound);
-} bound_layout SEC(".maps");
+    TYPE(key, u32);
+    TYPE(value, struct line);
+} lines_layout SEC(".maps");
 
 struct {
     UINT(type, BPF_MAP_TYPE_ARRAY);

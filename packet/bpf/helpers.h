@@ -15,6 +15,7 @@ typedef __u8 u8;
 typedef __u16 u16;
 typedef __u32 u32;
 typedef __u64 u64;
+typedef __s64 s64;
 
 #define SEC(name) __attribute__((section(name), used))
 #define INLINE static __attribute__((always_inline)) inline
@@ -41,8 +42,6 @@ typedef __u64 u64;
 #define OPAQUE(x) asm volatile("" : "+r"(x))
 
 static void *(*const map_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
-static long (*const map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)BPF_FUNC_map_update_elem;
-static long (*const map_delete)(void *map, const void *key) = (void *)BPF_FUNC_map_delete_elem;
 static void *(*const ring_reserve)(void *ring, u64 size, u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*const ring_submit)(void *data, u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 static void (*const ring_discard)(void *data, u64 flags) = (void *)BPF_FUNC_ringbuf_discard;

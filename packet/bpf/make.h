@@ -3,14 +3,13 @@
  * Kept flows: flows of full NAT that are made here and whose states are kept here (FLOW_KEPT). The engine learns of both by the ring
  * `news`, ages and forgets them; it alone takes them out of the maps.
  *
- *   - A port below SNAT_PORT_UPPER belongs to whoever first puts it into `bound` for its backend, program or engine; those above are
+ *   - A port below SNAT_PORT_UPPER belongs to whoever first enters a flow by it for its backend, program or engine; those above are
  *     the engine's. The candidates are those of `src/engine/nat.rs`, so that another node derives the same.
- *   - So many flows are made as user space has granted the processor: how many it has room for, of them half-open ones. Beyond that,
- *     in a flood, first packets go up as if nothing were made here.
+ *   - So many flows are made as user space has granted the processor, in cells that it was given for them: how many there is room for, of
+ *     them half-open ones. Beyond that, in a flood, first packets go up as if nothing were made here.
  *   - Nothing is written that is not told: without room for the news the packet goes up.
  *   - State, flags and port of a flow are one word, changed by compare and exchange. Its version tells user space which of two pieces of
  *     news of different processors is the later one.
- *   - The backend's side has a copy of FLOW_STEADY, so that plain answers need not look for the client's side.
  */
 #ifndef KOMAINU_MAKE_H
 #define KOMAINU_MAKE_H
@@ -21,7 +20,6 @@
 #define MAKE_PROBES 16
 /* Tries to change a flow that others change too. */
 #define CHANGE_TRIES 4
-#define EEXIST 17
 
 #define WORD_FLAGS(word) ((word) & 0xff)
 #define WORD_PROGRESS(word) ((word) >> 8 & 0xff)
@@ -41,13 +39,9 @@ INLINE u32 word_with(u32 word, u32 progress)
 }
 
 /* By words of four bytes: keys on the stack are aligned to no more. */
-INLINE void copy_address(u8 *to, const void *from)
+INLINE void copy_address(void *to, const void *from)
 {
-    const u32 *words = from;
-    ((u32 *)to)[0] = words[0];
-    ((u32 *)to)[1] = words[1];
-    ((u32 *)to)[2] = words[2];
-    ((u32 *)to)[3] = words[3];
+    copy_words(to, from);
 }
 
 /* Hands over a piece of news that is complete. The flow has been written: a barrier, so a sleeper is not overlooked. */
@@ -57,13 +51,15 @@ INLINE void tell(const struct config *c, struct news *n)
 }
 
 /* Room for news of a flow that is made, if one may be. */
-INLINE struct news *may_make(const struct config *c, const struct tally *t)
+INLINE struct news *may_make(const struct grant *g, const struct tally *t)
+{
+    return g && t->made < READ_ONCE(g->most) ? ring_reserve(&news, sizeof(struct news), 0) : 0;
+}
+
+INLINE struct grant *own_grant(void)
 {
     u32 cpu = cpu_id();
-    struct grant *g = map_lookup(&grants, &cpu);
-    if (!g || t->made >= READ_ONCE(g->most) || READ_ONCE(c->flags) & CONFIG_FROZEN)
-        return 0;
-    return ring_reserve(&news, sizeof(struct news), 0);
+    return map_lookup(&grants, &cpu);
 }
 
 /* Lower ports of a SNAT address. */
@@ -94,29 +90,18 @@ INLINE int first_candidate(const struct packet *p, const struct record *r, const
     return 1;
 }
 
-INLINE u32 next_port(u32 at)
+/* The number of the port that is tried as the i-th. */
+INLINE u32 port_number(u32 first, u32 i)
 {
-    return at + 1 < LOWER_PORTS ? at + 1 : 0;
+    return (first + i) % LOWER_PORTS;
 }
 
-/* The name of a flow's answers, but for the port: the number of that which is to be tried first is in `port`. 0: there is none. */
-INLINE int name_answers(struct scratch *s, const struct packet *p, const struct backend *b, const struct record *r, u32 *port)
+INLINE void describe(struct news *n, const struct flow *f, u32 word, u64 now, u32 kind)
 {
-    copy_address(s->answers.backend, b->address);
-    s->answers.backend_port = b->port;
-    s->answers.protocol = p->protocol;
-    return first_candidate(p, r, b, s->answers.snat, port);
-}
-
-INLINE int is_address(const u8 *a, const u8 *b)
-{
-    const u64 *x = (const u64 *)a, *y = (const u64 *)b;
-    return x[0] == y[0] && x[1] == y[1];
-}
-
-INLINE void describe(struct news *n, const struct flow_key *name, const struct flow *f, u32 word, u64 now, u32 kind)
-{
-    n->flow = *name;
+    copy_address(n->flow.client, f->client);
+    n->flow.service = f->service;
+    n->flow.client_port = f->client_port;
+    n->flow.reserved = 0;
     n->now = now;
     n->backend = f->backend;
     n->flags = (u8)WORD_FLAGS(word);
@@ -127,110 +112,139 @@ INLINE void describe(struct news *n, const struct flow_key *name, const struct f
     n->kind = kind;
 }
 
-/* Makes a flow for its first packet, a SYN or datagram: `flow` of `scratch`. 0: the engine is to do it. */
-static __attribute__((noinline)) int make_flow(const struct packet *p, const struct record *r, u32 number, u64 now)
+/* Not static: as in table.h. Three functions, for all that are on the way to a name share 512 bytes of stack. */
+
+/* Writes a new flow into the next of the processor's cells, its candidate for a port in the place of the port. The number of the cell,
+ * plus 1; 0: none may be made. */
+__attribute__((noinline)) u64 begin_flow(const struct packet *p, const struct record *r, u32 backend, u64 now)
+{
+    u32 zero = 0, cpu = cpu_id();
+    struct config *c = map_lookup(&config, &zero);
+    struct tally *t = own_tally();
+    struct grant *g = map_lookup(&grants, &cpu);
+    struct backend *b = map_lookup(&backends, &backend);
+    if (!p || !r || !c || !t || !b || !g || t->taken >= READ_ONCE(g->given) || t->made >= READ_ONCE(g->most))
+        return 0;
+    u32 number = READ_ONCE(g->cells[t->taken % GRANT_CELLS]), at = 0;
+    struct flow *f = flow_at(number);
+    if (!f || !first_candidate(p, r, b, f->snat, &at))
+        return 0;
+    u32 state = p->protocol == PROTO_UDP ? STATE_UDP : STATE_SYN_SENT;
+    f->last_seen = now;
+    f->backend = backend;
+    WRITE_ONCE(*word_of(f), at << 16 | state << 8 | FLOW_BOUND | FLOW_KEPT);
+    copy_address(f->client, p->src);
+    f->service = r->service;
+    f->client_port = p->src_port;
+    f->protocol = p->protocol;
+    f->reserved = 0;
+    f->client_hash = hash_client_name(c, p->src, r->service, p->src_port);
+    return (u64)number + 1;
+}
+
+/* Finds a port for it, and enters it by the name of its answers. 0: there is none nearby, or no room. */
+__attribute__((noinline)) int bind_flow(u32 number)
+{
+    u32 zero = 0;
+    struct config *c = map_lookup(&config, &zero);
+    struct flow *f = flow_at(number);
+    if (!c || !f)
+        return 0;
+    u32 backend = f->backend, word = READ_ONCE(*word_of(f)), first = word >> 16;
+    struct backend *b = map_lookup(&backends, &backend);
+    if (!b)
+        return 0;
+    struct name name;
+    name_answers(&name, (const u32 *)b->address, (const u32 *)f->snat, 0, f->protocol, 0);
+    for (u32 i = 0; i < MAKE_PROBES; i++) {
+        OPAQUE(i);
+        u32 port = swap16((u16)(SNAT_PORT_MIN + port_number(first, i)));
+        name.ports = port << 16 | b->port;
+        name.hash = hash_answers_name(c, name.address, name.snat, name.ports, (u8)name.last);
+        f->answers_hash = name.hash;
+        WRITE_ONCE(*word_of(f), port << 16 | (word & 0xffff));
+        int entered = enter(READ_ONCE(c->index), &name, number);
+        if (entered != ENTERED_TAKEN)
+            return entered == ENTERED;
+    }
+    return 0;
+}
+
+/* Enters it by its client's name, and tells of it. 0: it was not made after all. */
+__attribute__((noinline)) int commit_flow(u32 number)
 {
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
     struct tally *t = own_tally();
-    struct backend *b = map_lookup(&backends, &number);
-    void *flow_table = map_lookup(&flows, &zero), *bound_table = map_lookup(&bound, &zero);
-    if (!c || !t || !b || !flow_table || !bound_table)
+    struct flow *f = flow_at(number);
+    if (!c || !t || !f)
         return 0;
-    struct scratch *s = map_lookup(&scratch, &zero);
-    if (!s)
-        return 0;
-    struct news *n = may_make(c, t);
-    if (!n)
-        return 0;
-
-    u32 at = 0, port = 0;
-    if (!name_answers(s, p, b, r, &at)) {
-        ring_discard(n, 0);
-        return 0;
-    }
-    s->other.last_seen = now;
-    s->other.backend = number;
-    s->other.service = r->service;
-    s->other.flags = FLOW_BOUND | FLOW_KEPT;
-    copy_address(s->other.client, p->src);
-    s->other.client_port = p->src_port;
-    for (int i = 0; i < MAKE_PROBES; i++) {
-        s->answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
-        long failed = map_update(bound_table, &s->answers, &s->other, BPF_NOEXIST);
-        if (!failed) {
-            port = s->answers.snat_port;
-            break;
+    u64 index = READ_ONCE(c->index);
+    struct news *n = ring_reserve(&news, sizeof(struct news), 0);
+    if (n) {
+        struct name name;
+        name_client(&name, (const u32 *)f->client, f->service, f->client_port, f->client_hash);
+        if (enter(index, &name, number) == ENTERED) {
+            t->taken++;
+            t->made++;
+            describe(n, f, *word_of(f), f->last_seen, NEWS_OPENED);
+            tell(c, n);
+            return 1;
         }
-        if (failed != -EEXIST)
-            break;
-        at = next_port(at);
-    }
-    if (!port) {
-        ring_discard(n, 0);
-        return 0;
-    }
-    copy_address(s->name.client, p->src);
-    s->name.service = r->service;
-    s->name.client_port = p->src_port;
-    s->flow.last_seen = now;
-    s->flow.backend = number;
-    s->flow.flags = FLOW_BOUND | FLOW_KEPT;
-    s->flow.progress = p->protocol == PROTO_UDP ? STATE_UDP : STATE_SYN_SENT;
-    s->flow.snat_port = (u16)port;
-    copy_address(s->flow.snat, s->answers.snat);
-    if (map_update(flow_table, &s->name, &s->flow, BPF_NOEXIST)) {
         /* Another processor has another first packet of it, or there is no room. */
-        map_delete(bound_table, &s->answers);
-        describe(n, &s->name, &s->flow, *word_of(&s->flow), now, NEWS_UNDONE);
-        tell(c, n);
-        return 0;
+        ring_discard(n, 0);
     }
-    t->made++;
-    describe(n, &s->name, &s->flow, *word_of(&s->flow), now, NEWS_OPENED);
-    tell(c, n);
-    return 1;
+    u64 slot = SLOT_OF(f->answers_hash, number);
+    /* It may have moved meanwhile. */
+    if (!take_slot(index, INDEX_OF_NEW(index), slot) && index & INDEX_GROWS)
+        take_slot(index, !INDEX_OF_NEW(index), slot);
+    return 0;
 }
 
-/* The backend's side of a flow. */
-INLINE struct bound *other_side(const struct flow *f, u8 protocol)
+/* Makes a flow for its first packet, a SYN or datagram. 0: the engine is to do it. */
+INLINE struct flow *make_flow(const struct packet *p, const struct record *r, u32 backend, u64 now)
 {
-    u32 zero = 0, number = f->backend;
-    struct backend *b = map_lookup(&backends, &number);
-    void *table = map_lookup(&bound, &zero);
-    if (!b || !table)
-        return 0;
-    struct bound_key answers = {};
-    copy_address(answers.backend, b->address);
-    copy_address(answers.snat, f->snat);
-    answers.backend_port = b->port;
-    answers.snat_port = f->snat_port;
-    answers.protocol = protocol;
-    return map_lookup(table, &answers);
+    u64 cell = begin_flow(p, r, backend, now);
+    return cell && bind_flow(SLOT_CELL(cell)) && commit_flow(SLOT_CELL(cell)) ? flow_at(SLOT_CELL(cell)) : 0;
 }
 
-/* The copy on the backend's side follows the flow, also where another processor has changed it meanwhile. */
-INLINE void copy_steadiness(struct bound *b, struct flow *f)
+/* Whether the flow has the first port from the candidate with this number on that others leave it. */
+__attribute__((noinline)) int comes_to_its_port(struct flow *f, u32 first)
 {
-    u32 word = READ_ONCE(*word_of(f));
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        WRITE_ONCE(b->flags, (u8)(FLOW_BOUND | FLOW_KEPT | (word & FLOW_STEADY)));
-        word = READ_ONCE(*word_of(f));
+    u32 zero = 0;
+    struct config *c = map_lookup(&config, &zero);
+    if (!f || !c)
+        return 0;
+    u32 backend = f->backend;
+    struct backend *b = map_lookup(&backends, &backend);
+    if (!b)
+        return 0;
+    struct name other;
+    name_answers(&other, (const u32 *)b->address, (const u32 *)f->snat, 0, f->protocol, 0);
+    for (u32 i = 0; i < MAKE_PROBES; i++) {
+        OPAQUE(i);
+        u16 port = swap16((u16)(SNAT_PORT_MIN + port_number(first, i)));
+        if (port == f->snat_port)
+            return 1;
+        other.ports = (u32)port << 16 | b->port;
+        other.hash = hash_answers_name(c, other.address, other.snat, other.ports, (u8)other.last);
+        if (!find_anywhere(READ_ONCE(c->index), &other, NOBODY))
+            return 0;
     }
+    return 0;
 }
 
 /* A SYN opens a closing flow again, on the same backend and port: what the engine does when it forgets the flow and makes a new one, if
  * that is the first candidate that others leave it. 0: the engine is to do it. */
-static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct packet *p, const struct record *r, u64 now)
+__attribute__((noinline)) int reopen_flow(struct flow *f, const struct packet *p, const struct record *r, u64 now)
 {
+    if (!f || !p || !r)
+        return 0;
     u32 zero = 0, number = f->backend;
     struct config *c = map_lookup(&config, &zero);
     struct tally *t = own_tally();
     struct backend *b = map_lookup(&backends, &number);
-    struct scratch *s = map_lookup(&scratch, &zero);
-    void *bound_table = map_lookup(&bound, &zero);
-    if (!c || !t || !b || !s || !bound_table)
+    if (!c || !t || !b)
         return 0;
     u32 before = READ_ONCE(*word_of(f));
     u64 silent = now - READ_ONCE(f->last_seen);
@@ -240,24 +254,11 @@ static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct pa
     if (silent >= r->reopen || !reopens(WORD_PROGRESS(before)))
         return 0;
 
-    struct bound *other = 0;
-    u32 at = 0;
-    if (!name_answers(s, p, b, r, &at) || !is_address(s->answers.snat, f->snat))
+    u32 at = 0, snat[4];
+    if (!first_candidate(p, r, b, (u8 *)snat, &at) || !is_address(f->snat, snat) || !comes_to_its_port(f, at))
         return 0;
-    for (int i = 0; i < MAKE_PROBES; i++) {
-        s->answers.snat_port = swap16((u16)(SNAT_PORT_MIN + at));
-        struct bound *there = map_lookup(bound_table, &s->answers);
-        if (!there)
-            return 0;
-        if (s->answers.snat_port == f->snat_port) {
-            other = there;
-            break;
-        }
-        at = next_port(at);
-    }
-    if (!other)
-        return 0;
-    struct news *n = may_make(c, t);
+    /* It takes no cell, but is one more that is half-open. */
+    struct news *n = may_make(own_grant(), t);
     if (!n)
         return 0;
     u32 after = word_with(before, STATE_SYN_SENT);
@@ -266,26 +267,23 @@ static __attribute__((noinline)) int reopen_flow(struct flow *f, const struct pa
         return 0;
     }
     WRITE_ONCE(f->last_seen, now);
-    WRITE_ONCE(other->last_seen, now);
-    copy_steadiness(other, f);
     t->made++;
-    copy_address(s->name.client, p->src);
-    s->name.service = r->service;
-    s->name.client_port = p->src_port;
-    describe(n, &s->name, f, after, now, NEWS_OPENED);
+    describe(n, f, after, now, NEWS_OPENED);
     tell(c, n);
     return 1;
 }
 
 /* Takes note of a segment of a kept flow. 0: it could not be written or told, and the segment is the engine's. */
-INLINE int note_segment(struct flow *f, struct bound *other, const struct flow_key *name, u32 segment, u32 to_client, u64 now)
+__attribute__((noinline)) int note_segment(struct flow *f, u32 tcp_flags, u32 to_client, u64 now)
 {
-    u32 word = READ_ONCE(*word_of(f));
+    if (!f)
+        return 0;
+    u32 word = READ_ONCE(*word_of(f)), segment = segment_of(tcp_flags);
     if (advance(WORD_PROGRESS(word), segment, to_client) == WORD_PROGRESS(word))
         return 1;
     u32 zero = 0;
     struct config *c = map_lookup(&config, &zero);
-    if (!c || READ_ONCE(c->flags) & CONFIG_FROZEN)
+    if (!c)
         return 0;
     struct news *n = ring_reserve(&news, sizeof(*n), 0);
     if (!n)
@@ -297,47 +295,18 @@ INLINE int note_segment(struct flow *f, struct bound *other, const struct flow_k
             ring_discard(n, 0);
             return 1;
         }
+        /* It has just been taken out. */
+        if (!(before & FLOW_KEPT))
+            break;
         u32 after = word_with(before, progress);
         if (__sync_val_compare_and_swap(word_of(f), before, after) == before) {
-            copy_steadiness(other, f);
-            describe(n, name, f, after, now, NEWS_CHANGED);
+            describe(n, f, after, now, NEWS_CHANGED);
             tell(c, n);
             return 1;
         }
     }
     ring_discard(n, 0);
     return 0;
-}
-
-/* A client's segment or datagram. */
-static __attribute__((noinline)) int note_request(struct flow *f, const struct packet *p, u32 service, u64 now)
-{
-    struct bound *other = other_side(f, p->protocol);
-    if (!other)
-        return 0;
-    struct flow_key name = {};
-    copy_address(name.client, p->src);
-    name.service = service;
-    name.client_port = p->src_port;
-    return note_segment(f, other, &name, segment_of(p->flags), 0, now);
-}
-
-/* A backend's segment or datagram. */
-static __attribute__((noinline)) int note_answer(struct bound *b, const struct packet *p, u64 now)
-{
-    u32 zero = 0;
-    void *table = map_lookup(&flows, &zero);
-    if (!table)
-        return 0;
-    struct flow_key name = {};
-    copy_address(name.client, b->client);
-    name.service = b->service;
-    name.client_port = b->client_port;
-    struct flow *f = map_lookup(table, &name);
-    /* The client may have another flow by now, which is not yet known on both sides. */
-    if (!f || f->snat_port != p->dst_port || !(f->flags & FLOW_KEPT))
-        return 0;
-    return note_segment(f, b, &name, segment_of(p->flags), 1, now);
 }
 
 #endif

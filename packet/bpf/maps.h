@@ -82,36 +82,37 @@ struct {
     TYPE(value, struct lease);
 } leases SEC(".maps");
 
-struct flow_table {
-    UINT(type, BPF_MAP_TYPE_HASH);
-    UINT(max_entries, 1);
-    UINT(map_flags, BPF_F_NO_PREALLOC);
-    UINT(key_size, sizeof(struct flow_key));
+struct block {
+    UINT(type, BPF_MAP_TYPE_ARRAY);
+    UINT(max_entries, BLOCK_FLOWS);
+    UINT(map_flags, BPF_F_MMAPABLE);
+    UINT(key_size, sizeof(u32));
     UINT(value_size, sizeof(struct flow));
 };
 
-/* One entry: user space puts a larger table there when there are too many flows for the last one. */
+/* Flows, by the numbers of their cells. User space adds blocks when they become more. */
 struct {
     UINT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
     UINT(max_entries, 1);
     UINT(key_size, sizeof(u32));
-    INNER(values, struct flow_table);
-} flows SEC(".maps");
+    INNER(values, struct block);
+} pool SEC(".maps");
 
-struct bound_table {
-    UINT(type, BPF_MAP_TYPE_HASH);
+struct lines {
+    UINT(type, BPF_MAP_TYPE_ARRAY);
     UINT(max_entries, 1);
-    UINT(map_flags, BPF_F_NO_PREALLOC);
-    UINT(key_size, sizeof(struct bound_key));
-    UINT(value_size, sizeof(struct bound));
+    UINT(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+    UINT(key_size, sizeof(u32));
+    UINT(value_size, sizeof(struct line));
 };
 
+/* Where flows stand in the pool, by both of their names: table.h. Two entries, so that a larger one can be filled beside the first. */
 struct {
     UINT(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-    UINT(max_entries, 1);
+    UINT(max_entries, 2);
     UINT(key_size, sizeof(u32));
-    INNER(values, struct bound_table);
-} bound SEC(".maps");
+    INNER(values, struct lines);
+} names SEC(".maps");
 
 /* The kernel's routes, as user space sees them: where answers to clients go. bpf_fib_lookup() would say it of interfaces that
  * forward only, and the host must not forward: it would forward what is ours. */
@@ -166,7 +167,7 @@ struct {
     TYPE(value, struct tally);
 } tally SEC(".maps");
 
-/* By processor: how many flows it may make. */
+/* By processor: how many flows it may make, and where. */
 struct {
     UINT(type, BPF_MAP_TYPE_ARRAY);
     UINT(max_entries, 1);
@@ -174,14 +175,6 @@ struct {
     TYPE(key, u32);
     TYPE(value, struct grant);
 } grants SEC(".maps");
-
-/* Each processor has its own. */
-struct {
-    UINT(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-    UINT(max_entries, 1);
-    TYPE(key, u32);
-    TYPE(value, struct scratch);
-} scratch SEC(".maps");
 
 /* What user space has to learn of flows, in bytes. */
 struct {

@@ -8,7 +8,7 @@
 
 #include "hash.h"
 #include "clock.h"
-#include "parse.h"
+#include "table.h"
 
 /* Until when the node may forward for the group, or answer for its addresses; 0: not at all. */
 INLINE u64 lease_until(u32 group, int answer)
@@ -110,20 +110,6 @@ INLINE int may_be_remembered(const struct service *s, u32 hash)
     return !line || READ_ONCE(line->bits[hash >> 22 & 7]) >> (hash >> 16 & 63) & 1;
 }
 
-INLINE struct flow *find_flow(u32 service, const u32 *client, u16 port)
-{
-    u32 zero = 0;
-    void *table = map_lookup(&flows, &zero);
-    if (!table)
-        return 0;
-    struct flow_key key = {};
-    u32 *words = (u32 *)key.client;
-    words[0] = client[0], words[1] = client[1], words[2] = client[2], words[3] = client[3];
-    key.service = service;
-    key.client_port = port;
-    return map_lookup(table, &key);
-}
-
 INLINE void note_seen(u64 *last_seen, u64 now)
 {
     if (now - READ_ONCE(*last_seen) > LAST_SEEN_STEP)
@@ -181,7 +167,7 @@ INLINE void count_seen(u32 number, u32 hash, u64 now)
 }
 
 /* The way to a client; 0 when it is not known here. */
-INLINE u64 way_to(const u32 *address)
+static __attribute__((noinline)) u64 way_to(const u32 *address)
 {
     struct route_key key;
     u32 *words = (u32 *)key.address;

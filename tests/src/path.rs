@@ -13,8 +13,10 @@ use komainu_packet::lane::FlowFilter;
 use komainu_packet::lane::kernel::abi::{Hop, LeaseCell};
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
+use komainu_packet::lane::kernel::maps::Maps;
 use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
+use komainu_packet::lane::kernel::table::Growth;
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
 use komainu_packet::plan::{
@@ -44,6 +46,8 @@ pub struct Path {
     sources: u8,
     revision: u64,
     up: u64,
+    /// Whether the program's table of flows grows by itself.
+    grows: bool,
 }
 
 /// Flags of a TCP segment; over UDP all are the same datagram.
@@ -73,6 +77,13 @@ fn mac_of(address: IpAddr) -> Mac {
 impl NextHops for Hops {
     fn lookup(&self, destination: IpAddr) -> NextHop {
         NextHop::Resolved { port: Port::Service, next_hop: destination, mac: mac_of(destination) }
+    }
+}
+
+/// The table of flows grows as the lane lets it.
+fn grow(maps: &Maps) {
+    if maps.proceed_growing().unwrap() == Growth::None && maps.should_grow() {
+        maps.begin_growing().unwrap();
     }
 }
 
@@ -111,7 +122,7 @@ impl Path {
             let filler = Filler::new(Arc::clone(maps));
             (kernel, filler, news)
         });
-        Path { engine, kernel, mode, protocol, sources: 1, revision: 0, up: 0 }
+        Path { engine, kernel, mode, protocol, sources: 1, revision: 0, up: 0, grows: true }
     }
 
     /// So many SNAT addresses, from the next plan on.
@@ -152,8 +163,9 @@ impl Path {
     }
 
     fn learn(&mut self) {
-        if let Some((_, _, news)) = &mut self.kernel {
+        if let Some((kernel, _, news)) = &mut self.kernel {
             news.learn(&mut self.engine, BootTime::now());
+            self.grows.then(|| grow(kernel.maps()));
         }
     }
 
@@ -168,28 +180,20 @@ impl Path {
 
     /// Flows in the program's maps: on the client's side, on the backend's side.
     pub fn in_maps(&self) -> (usize, usize) {
-        self.kernel.as_ref().map_or((0, 0), |(kernel, ..)| kernel.maps().count_flows().unwrap())
+        self.kernel.as_ref().map_or((0, 0), |(kernel, ..)| kernel.maps().count_flows())
     }
 
-    /// The program's maps of flows begin to grow.
+    /// The program's table of flows begins to grow, and from now on grows only when it is told to ([`Path::grow`]).
     pub fn begin_growing(&mut self) {
+        self.grows = false;
         let (kernel, ..) = self.kernel.as_ref().expect("a program");
         kernel.maps().begin_growing().unwrap();
     }
 
-    /// They do a piece of it; whether they have grown.
-    pub fn grow(&mut self) -> bool {
-        let flows = self.engine.flow_count();
-        let (kernel, _, news) = self.kernel.as_mut().expect("a program");
-        let engine = &mut self.engine;
-        let ready = kernel.maps().proceed_growing(flows).unwrap();
-        if ready {
-            let hear = || {
-                news.learn(engine, BootTime::now());
-            };
-            kernel.maps().finish_growing(hear).unwrap();
-        }
-        ready
+    /// It does a piece of it.
+    pub fn grow(&mut self) -> Growth {
+        let (kernel, ..) = self.kernel.as_ref().expect("a program");
+        kernel.maps().proceed_growing().unwrap()
     }
 
     /// Every remembered flow's SNAT address and port, with its backend's id.
@@ -206,6 +210,7 @@ impl Path {
             let ran = kernel.test_run(frame, None, 1).unwrap();
             // As the lane does before it looks at the next frame.
             news.learn(&mut self.engine, BootTime::now());
+            self.grows.then(|| grow(kernel.maps()));
             // What leaves has other MAC addresses.
             if ran.frame != frame {
                 return Some(ran.frame);

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use komainu_packet::engine::{Engine, EngineConfig, Port, PortConfig};
-use komainu_packet::lane::kernel::abi::{self, Bench, BoundKey, FlowCell, FlowKey, Hop, LeaseCell};
+use komainu_packet::lane::kernel::abi::{self, Bench, FlowCell, Hop, LeaseCell, Plain};
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::harness::Harness;
 use komainu_packet::lane::kernel::maps::Memory;
@@ -142,7 +142,6 @@ impl Bed {
         }
         let number = self.engine.service_number(0);
         let service = &self.engine.tables().services()[0];
-        let (mut keys, mut cells) = (Vec::new(), Vec::new());
         for flow in flows {
             let (client, port) = client(self.v6, flow);
             let slot = service.slot(service.hash(client, port));
@@ -150,23 +149,18 @@ impl Bed {
             if !all {
                 maps.set_filter(FILTER, service.hash(client, port), true);
             }
-            keys.push(FlowKey {
-                client: abi::wide(client),
-                service: number,
-                client_port: port.to_be_bytes(),
-                reserved: 0,
-            });
-            cells.push(FlowCell {
+            let cell = FlowCell {
                 last_seen: BootTime::now().0,
                 backend: self.engine.backend_number(0, backend),
                 flags: abi::FLOW_STEADY | if all { abi::FLOW_BOUND } else { 0 },
-                progress: 0,
                 snat_port: (1024 + (flow % 60_000) as u16).to_be_bytes(),
                 snat: abi::wide(snat(self.v6)),
-            });
-        }
-        for (keys, cells) in keys.chunks(10_000).zip(cells.chunks(10_000)) {
-            maps.put_flows(keys, cells).context("write flows into the program's map")?;
+                client: abi::wide(client),
+                service: number,
+                client_port: port.to_be_bytes(),
+                ..FlowCell::zeroed()
+            };
+            maps.put_flow(&cell, None).context("write a flow into the program's table")?;
         }
         maps.set_memory(number, Memory::Some { conclusive: true, filter: (!all).then_some(FILTER) });
         Ok(())
@@ -208,16 +202,7 @@ impl Bed {
         self.news.lock().unwrap_or_else(PoisonError::into_inner).take(usize::MAX, |news| made.push(*news));
         let maps = self.kernel.maps();
         for news in &made {
-            let backend = maps.backend(news.backend).context("its backend is there")?;
-            let bound = BoundKey {
-                backend: backend.address,
-                snat: news.snat,
-                backend_port: backend.port,
-                snat_port: news.snat_port,
-                protocol: Protocol::Tcp.number(),
-                reserved: [0; 3],
-            };
-            ensure!(maps.remove_flow(&news.flow)? && maps.remove_bound(&bound)?, "a flow has two sides");
+            ensure!(maps.remove_flow(&news.flow, None), "a flow that was made is there");
         }
         Ok(made.len())
     }

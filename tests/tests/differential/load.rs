@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use komainu_packet::flow::{Direction, Segment, two_way_step};
+use komainu_packet::flow::{BackendSide, Direction, Segment, two_way_step};
 use komainu_packet::hash;
 use komainu_packet::lane::kernel::abi::{self, FlowCell, FlowKey, LAYOUTS, Plain};
 use komainu_packet::lane::kernel::harness::{HARNESS_OBJECT, Harness};
@@ -22,33 +22,62 @@ fn both_programs_load_and_let_everything_pass_without_a_plan() {
 }
 
 #[test]
-fn maps_of_flows_grow_with_what_is_in_them() {
+fn the_table_of_flows_grows_with_what_is_in_it() {
     const MOST: u32 = 5000;
     let sizes = Sizes { flows: MOST, first_flows: 10, ..Sizes::default() };
     let kernel = Kernel::load(Hook::Xdp, sizes).unwrap_or_else(|e| panic!("{e}"));
     let maps = kernel.maps();
+    let name = |n: u32| BackendSide {
+        protocol: 6,
+        backend: Ipv4Addr::new(10, 0, 0, 1).into(),
+        backend_port: 80,
+        snat: Ipv4Addr::new(10, 0, 0, 2).into(),
+        snat_port: n as u16,
+    };
     let key = |n: u32| FlowKey {
         client: abi::wide(Ipv4Addr::from_bits(n).into()),
         service: 1,
         client_port: [1, 2],
         reserved: 0,
     };
-    let cell = |n: u32| FlowCell { last_seen: n.into(), backend: n, ..FlowCell::zeroed() };
+    let put = |n: u32| {
+        let cell = FlowCell {
+            last_seen: n.into(),
+            backend: n,
+            flags: abi::FLOW_BOUND,
+            snat_port: (n as u16).to_be_bytes(),
+            snat: abi::wide(name(n).snat),
+            client: key(n).client,
+            service: 1,
+            client_port: [1, 2],
+            ..FlowCell::zeroed()
+        };
+        maps.put_flow(&cell, Some(&name(n)))
+    };
+    let is_there = |n: u32| {
+        let by_client = maps.flow(&key(n));
+        by_client.is_some_and(|flow| flow.backend == n) && maps.answered(&name(n)) == by_client
+    };
     for n in 0..MOST {
-        maps.put_flow(&key(n), &cell(n)).unwrap();
+        put(n).unwrap();
     }
-    let refused = maps.put_flow(&key(MOST), &cell(MOST)).unwrap_err();
-    assert_eq!(refused.raw_os_error(), Some(libc::E2BIG));
-    assert!((0..MOST).all(|n| maps.flow(&key(n)).unwrap() == Some(cell(n))));
-    assert!(maps.remove_flow(&key(7)).unwrap() && !maps.remove_flow(&key(7)).unwrap());
-    maps.put_flow(&key(MOST), &cell(MOST)).unwrap();
-    // Many at once, into a map that is too small for them.
+    assert_eq!(put(MOST).unwrap_err().raw_os_error(), Some(libc::E2BIG));
+    assert!((0..MOST).all(is_there) && maps.count_flows() == (MOST as usize, MOST as usize));
+    // Whichever name it is asked for by.
+    assert!(
+        maps.remove_flow(&key(7), None) && maps.flow(&key(7)).is_none() && maps.answered(&name(7)).is_none()
+    );
+    assert!(!maps.remove_flow(&key(7), Some(&name(7))));
+    put(MOST).unwrap();
+    assert!(maps.release_name(&name(8)) && maps.flow(&key(8)).is_none());
+    // A name that is taken is nobody else's, and in the end the flow's that it was taken for.
+    assert!(maps.reserve_name(&name(8)).unwrap() && !maps.reserve_name(&name(8)).unwrap());
+    assert!(maps.answered(&name(8)).is_some_and(|flow| flow.service == abi::NOBODY));
+    put(8).unwrap();
+    assert!(is_there(8) && (9..=MOST).all(is_there));
+    assert_eq!(maps.count_flows(), (MOST as usize, MOST as usize));
     maps.clear_flows().unwrap();
-    let other = Kernel::load(Hook::Xdp, sizes).unwrap_or_else(|e| panic!("{e}"));
-    let (keys, cells): (Vec<_>, Vec<_>) = (0..MOST).map(|n| (key(n), cell(n))).unzip();
-    other.maps().put_flows(&keys, &cells).unwrap();
-    assert!((0..MOST).all(|n| other.maps().flow(&key(n)).unwrap() == Some(cell(n))));
-    assert!((0..MOST).all(|n| maps.flow(&key(n)).unwrap().is_none()));
+    assert_eq!(maps.count_flows(), (0, 0));
 }
 
 /// The maps' types in both objects are laid out as in `abi.rs`, field by field.

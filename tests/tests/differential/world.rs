@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use komainu_packet::drops::Reason;
 use komainu_packet::engine::{Engine, EngineConfig, FrameMut, Passed, Port, Verdict, Windows, compile};
+use komainu_packet::flow::BackendSide;
 use komainu_packet::hash;
-use komainu_packet::lane::kernel::abi::{
-    self, BoundKey, Config, FlowKey, Hop, LeaseCell, Plain, Tally, Traffic, Up,
-};
+use komainu_packet::lane::kernel::abi::{self, Config, FlowKey, Hop, LeaseCell, Plain, Tally, Traffic, Up};
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::maps::Maps;
@@ -391,7 +390,7 @@ impl World {
             client_port: client.port().to_be_bytes(),
             reserved: 0,
         };
-        let cell = self.maps.flow(&key).unwrap();
+        let cell = self.maps.flow(&key);
         let steady = cell.is_some_and(|c| c.flags & abi::FLOW_STEADY != 0);
         let kept = cell.is_some_and(|c| c.flags & abi::FLOW_KEPT != 0);
         let closing = kept && cell.is_some_and(|c| matches!(c.progress & 7, 2 | 3));
@@ -412,15 +411,14 @@ impl World {
     }
 
     fn bound_facts(&self, facts: &mut FlowFacts, ip: &IpInfo, src_port: u16, dst_port: u16) {
-        let key = BoundKey {
-            backend: abi::wide(ip.src),
-            snat: abi::wide(ip.dst),
-            backend_port: src_port.to_be_bytes(),
-            snat_port: dst_port.to_be_bytes(),
+        let name = BackendSide {
             protocol: ip.proto,
-            reserved: [0; 3],
+            backend: ip.src,
+            backend_port: src_port,
+            snat: ip.dst,
+            snat_port: dst_port,
         };
-        let cell = self.maps.bound(&key).unwrap();
+        let cell = self.maps.answered(&name);
         *facts = FlowFacts {
             mode: Some((Mode::Nat, false)),
             remembered: cell.is_some(),
@@ -477,7 +475,7 @@ impl World {
         );
         // Nothing stays behind of flows that were forgotten.
         let remembered = usize::try_from(self.beside.counters(now).flows).unwrap();
-        let (flows, bound) = self.maps.count_flows().unwrap();
+        let (flows, bound) = self.maps.count_flows();
         assert!(flows <= remembered && bound <= flows, "{bound} and {flows} of {remembered} flows");
         self.check_filters(now);
     }

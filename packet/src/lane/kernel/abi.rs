@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use crate::drops::Reason;
 use crate::engine::{Event, Port};
-use crate::flow::{BackendSide, ClientSide};
+use crate::flow::ClientSide;
 use crate::neighbour::Mac;
 use crate::plan::MAX_GROUPS;
 
@@ -86,6 +86,16 @@ pub const FILTERS: u32 = 256;
 pub const FILTER_LINES: u32 = 128;
 /// Cells that are looked at for a [`Place`].
 pub const PLACE_PROBES: u32 = 16;
+/// Secrets that a hash of a flow's name takes at most.
+pub const INDEX_SECRETS: usize = 11;
+/// Cells of a block of the pool.
+pub const BLOCK_FLOWS: u32 = 1 << 16;
+/// Slots of a [`Line`].
+pub const LINE_SLOTS: usize = 7;
+/// Lines in which a name may stand.
+pub const INDEX_PROBES: u32 = 8;
+/// Cells that a processor has been given at a time, at most.
+pub const GRANT_CELLS: usize = 8192;
 /// Registers of a window of [`Seen`].
 pub const REGISTERS: usize = 256;
 /// Room in [`Tally`].
@@ -111,7 +121,7 @@ plain! {
         reserved: [u32; 3],
     }
     /// `struct config`.
-    Config: 128 {
+    Config: 256 {
         /// By [`Port`].
         ports: [PortCell; Port::COUNT],
         /// Entries of `backends`.
@@ -126,8 +136,14 @@ plain! {
         slack: u64,
         /// The plan in force, see [`plan_word`].
         plan: u64,
+        /// Where flows are found, see [`index_word`].
+        index: u64,
         /// Zero.
-        reserved: [u32; 8],
+        reserved: [u64; 3],
+        /// What the hashes of flows' names are made with.
+        secrets: [u64; INDEX_SECRETS],
+        /// Zero.
+        reserved1: [u64; 5],
     }
     /// `struct place`: key of a generation's table.
     Place: 20 {
@@ -265,7 +281,7 @@ plain! {
         reserved: u16,
     }
     /// `struct flow`.
-    FlowCell: 32 {
+    FlowCell: 64 {
         /// Nanoseconds of `CLOCK_BOOTTIME`.
         last_seen: u64,
         /// Number of the backend's state.
@@ -278,38 +294,27 @@ plain! {
         snat_port: [u8; 2],
         /// SNAT address.
         snat: [u8; 16],
-    }
-    /// `struct bound_key`.
-    BoundKey: 40 {
-        /// Backend's address.
-        backend: [u8; 16],
-        /// SNAT address.
-        snat: [u8; 16],
-        /// Backend's port in network order.
-        backend_port: [u8; 2],
-        /// SNAT port in network order.
-        snat_port: [u8; 2],
-        /// L4 protocol.
-        protocol: u8,
-        /// Zero.
-        reserved: [u8; 3],
-    }
-    /// `struct bound`.
-    BoundCell: 40 {
-        /// Nanoseconds of `CLOCK_BOOTTIME`.
-        last_seen: u64,
-        /// Number of the backend's state.
-        backend: u32,
-        /// Number of the service's state.
-        service: u32,
         /// Client's address.
         client: [u8; 16],
+        /// Number of the service's state, or [`NOBODY`].
+        service: u32,
         /// Client's port in network order.
         client_port: [u8; 2],
-        /// `FLOW_*`.
-        flags: u8,
+        /// L4 protocol, of a bound flow.
+        protocol: u8,
         /// Zero.
-        reserved: [u8; 5],
+        reserved: u8,
+        /// Of the name on the client's side.
+        client_hash: u32,
+        /// Of the name on the backend's side.
+        answers_hash: u32,
+    }
+    /// `struct line`: of the index.
+    Line: 64 {
+        /// Names that stand behind this line.
+        displaced: u64,
+        /// A name's hash, and in the lower half the number of the flow's cell + 1.
+        slots: [u64; LINE_SLOTS],
     }
     /// `struct route_key`: of the longest-prefix match.
     RouteKey: 20 {
@@ -372,15 +377,21 @@ plain! {
         up: [u64; TALLY_UP],
         /// Flows made.
         made: u64,
+        /// Cells taken for them.
+        taken: u64,
         /// Zero.
-        reserved: [u64; 23],
+        reserved: [u64; 22],
     }
-    /// `struct grant`: how many flows a processor may have made since the program was loaded.
-    Grant: 64 {
+    /// `struct grant`: how many flows a processor may have made since the program was loaded, and in which cells.
+    Grant: 32832 {
         /// So many.
         most: u64,
+        /// Cells written so far.
+        given: u64,
         /// Zero.
-        reserved: [u64; 7],
+        reserved: [u64; 6],
+        /// The n-th at n modulo their number.
+        cells: [u32; GRANT_CELLS],
     }
     /// `struct news`: what happened to a kept flow.
     News: 64 {
@@ -423,14 +434,12 @@ const _: () = assert!(size_of::<Bench>() == 112);
 // SAFETY: `repr(C)`, integers and arrays of them, 8 + 2 × 4 + 96 bytes: no padding.
 unsafe impl Plain for Bench {}
 
-/// Every flow of `nat` whose answers may come is in `bound`.
+/// Every flow of `nat` whose answers may come is in the table.
 pub const CONFIG_BOUND_COMPLETE: u32 = 1;
 /// There are nat-transparent services of IPv4.
 pub const CONFIG_THROUGH_V4: u32 = 2;
 /// There are nat-transparent services of IPv6.
 pub const CONFIG_THROUGH_V6: u32 = 4;
-/// The tables of flows are being replaced: the program writes nothing but `last_seen` into them.
-pub const CONFIG_FROZEN: u32 = 8;
 /// The next piece of news wakes who waits for it.
 pub const CONFIG_WAKE: u32 = 16;
 
@@ -487,7 +496,7 @@ pub const BACKEND_ALIVE: u8 = 0x02;
 pub const SERVICE_IN_PLAN: u32 = 1;
 /// Flows of it are remembered.
 pub const SERVICE_CONSULT: u32 = 2;
-/// All of its remembered flows are in `flows`, steady or not.
+/// All of its remembered flows are in the table, steady or not.
 pub const SERVICE_CONCLUSIVE: u32 = 4;
 
 /// A plain segment or datagram of either side changes nothing of it but when it was last seen.
@@ -503,8 +512,13 @@ pub const FLOW_VERSION_SHIFT: u32 = 3;
 pub const NEWS_OPENED: u32 = 0;
 /// [`News::kind`]: the state of a flow has changed.
 pub const NEWS_CHANGED: u32 = 1;
-/// [`News::kind`]: a flow was not made after all. Only who copies the maps meanwhile has to know.
-pub const NEWS_UNDONE: u32 = 2;
+/// [`FlowCell::service`], and the backend, of a name that is taken for a flow which is not there yet.
+pub const NOBODY: u32 = u32::MAX;
+
+/// [`Config::index`]: names may stand in a larger index beside that in force, too.
+pub const INDEX_GROWS: u64 = 2;
+/// [`Config::index`]: new names go there.
+pub const INDEX_MOVES: u64 = 4;
 
 /// An address as the maps hold it.
 pub fn wide(address: IpAddr) -> [u8; 16] {
@@ -529,6 +543,15 @@ pub fn mac_word(mac: Mac) -> u64 {
 /// and what the hash begins with.
 pub fn plan_word(entry: u32, shift: u32, seed: u32) -> u64 {
     u64::from(entry) | u64::from(shift) << 8 | u64::from(seed) << 32
+}
+
+/// [`Config::index`]: the entry of `names` in force, how far a hash is shifted to number its lines; and while it grows how far for those
+/// at the other entry, and whether new names go there.
+pub fn index_word(entry: u32, shift: u32, next: Option<(u32, bool)>) -> u64 {
+    let next = next.map_or(0, |(shift, moves)| {
+        u64::from(shift) << 16 | INDEX_GROWS | if moves { INDEX_MOVES } else { 0 }
+    });
+    u64::from(entry) | u64::from(shift) << 8 | next
 }
 
 /// The way to an address.
@@ -592,19 +615,6 @@ impl From<&ClientSide> for FlowKey {
             service: side.service,
             client_port: side.client_port.to_be_bytes(),
             reserved: 0,
-        }
-    }
-}
-
-impl From<&BackendSide> for BoundKey {
-    fn from(side: &BackendSide) -> BoundKey {
-        BoundKey {
-            backend: wide(side.backend),
-            snat: wide(side.snat),
-            backend_port: side.backend_port.to_be_bytes(),
-            snat_port: side.snat_port.to_be_bytes(),
-            protocol: side.protocol,
-            reserved: [0; 3],
         }
     }
 }

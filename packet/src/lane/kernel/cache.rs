@@ -1,7 +1,7 @@
 //! The program's copy of the flows that the engine remembers.
 //!
 //! Flows of full NAT with a lower SNAT port are *kept*: the program makes such flows itself (`packet/bpf/make.h`) and takes them
-//! through their states, so all of them are written, steady or not, and a name on the backend's side is theirs who writes it
+//! through their states, so all of them are written, steady or not, and a name on the backend's side is theirs who enters it
 //! first. How many of them a flood can make is bounded by the engine (`engine/kept.rs`).
 //!
 //! Other flows of full NAT are written only while they are steady: such a service remembers every flow, so a packet whose flow isn't
@@ -15,14 +15,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::abi::{self, BoundCell, BoundKey, FlowCell, FlowKey, Plain};
+use super::abi::{self, FlowCell, FlowKey, Plain};
 use super::maps::{Maps, Memory};
 use crate::engine::{FlowCache, Reservation, SNAT_PORT_UPPER};
 use crate::flow::{BackendSide, ClientSide, Flow};
 use crate::time::BootTime;
-
-/// Number of no service's state.
-const NOBODY: u32 = u32::MAX;
 
 /// Places of the counts in a [`Filter`]: the upper bits of a hash.
 const HASH_BITS: u32 = 16;
@@ -103,19 +100,8 @@ impl Cache {
             | flag(bound.is_some(), abi::FLOW_BOUND)
             | flag(kept, abi::FLOW_KEPT);
         if !is_written(flow) {
-            return self.erase(flow);
-        }
-        if let Some(bound) = &bound {
-            let cell = BoundCell {
-                last_seen: flow.last_seen().0,
-                backend: flow.backend,
-                service: flow.service(),
-                client: key.client,
-                client_port: key.client_port,
-                flags,
-                reserved: [0; 5],
-            };
-            self.maps.put_bound(&BoundKey::from(bound), &cell)?;
+            self.erase(flow);
+            return Ok(());
         }
         let cell = FlowCell {
             last_seen: flow.last_seen().0,
@@ -124,17 +110,16 @@ impl Cache {
             progress: flag(kept, flow.progress_bits()),
             snat_port: bound.map_or([0; 2], |b| b.snat_port.to_be_bytes()),
             snat: bound.map_or([0; 16], |b| abi::wide(b.snat)),
+            client: key.client,
+            service: key.service,
+            client_port: key.client_port,
+            ..FlowCell::zeroed()
         };
-        self.maps.put_flow(&key, &cell)
+        self.maps.put_flow(&cell, bound.as_ref())
     }
 
-    fn erase(&self, flow: &Flow) -> std::io::Result<()> {
-        // The backend's side last: what is found there names the client's.
-        let removed = self.maps.remove_flow(&FlowKey::from(&flow.client_side()));
-        if let Some(bound) = flow.backend_side() {
-            self.maps.remove_bound(&BoundKey::from(&bound))?;
-        }
-        removed.map(drop)
+    fn erase(&self, flow: &Flow) {
+        self.maps.remove_flow(&FlowKey::from(&flow.client_side()), flow.backend_side().as_ref());
     }
 
     fn tell(&self, service: u32) {
@@ -169,8 +154,8 @@ impl FlowCache for Cache {
     fn change(&mut self, flow: &Flow) {
         if let Err(error) = self.write(flow) {
             tracing::debug!(%error, "a flow could not be handed to the program");
-            // Half of it may be there.
-            let _ = self.erase(flow);
+            // As it was before it may be there.
+            self.erase(flow);
             if let Some(service) = self.services.get_mut(&flow.service())
                 && std::mem::replace(&mut service.complete, false)
             {
@@ -180,10 +165,8 @@ impl FlowCache for Cache {
     }
 
     fn forget(&mut self, flow: &Flow, hash: u32) {
-        if is_written(flow)
-            && let Err(error) = self.erase(flow)
-        {
-            tracing::warn!(%error, "a flow could not be taken from the program");
+        if is_written(flow) {
+            self.erase(flow);
         }
         self.discount(flow, hash);
     }
@@ -194,9 +177,7 @@ impl FlowCache for Cache {
 
     fn reserve(&mut self, name: &BackendSide) -> Reservation {
         // A packet that finds it finds no flow behind it, and goes up.
-        let cell =
-            BoundCell { flags: abi::FLOW_BOUND | abi::FLOW_KEPT, service: NOBODY, ..BoundCell::zeroed() };
-        match self.maps.reserve_bound(&BoundKey::from(name), &cell) {
+        match self.maps.reserve_name(name) {
             Ok(true) => Reservation::Made,
             Ok(false) => Reservation::Taken,
             Err(error) => {
@@ -207,9 +188,7 @@ impl FlowCache for Cache {
     }
 
     fn release(&mut self, name: &BackendSide) {
-        if let Err(error) = self.maps.remove_bound(&BoundKey::from(name)) {
-            tracing::warn!(%error, "a SNAT port could not be given back in the program");
-        }
+        self.maps.release_name(name);
     }
 
     fn made(&mut self, flow: &Flow, hash: u32) {
@@ -221,18 +200,11 @@ impl FlowCache for Cache {
     }
 
     fn refuse(&mut self, client: &ClientSide, backend: &BackendSide) {
-        if let Err(error) = self.maps.remove_flow(&FlowKey::from(client)) {
-            tracing::warn!(%error, "a flow could not be taken from the program");
-        }
-        self.release(backend);
+        self.maps.remove_flow(&FlowKey::from(client), Some(backend));
     }
 
     fn last_seen(&self, flow: &Flow) -> Option<BootTime> {
-        let to_backend = self.maps.flow(&FlowKey::from(&flow.client_side())).ok().flatten();
-        let bound = flow.backend_side();
-        let to_client = bound.and_then(|b| self.maps.bound(&BoundKey::from(&b)).ok().flatten());
-        let seen = [to_backend.map(|f| f.last_seen), to_client.map(|b| b.last_seen)];
-        seen.into_iter().flatten().max().map(BootTime)
+        self.maps.flow(&FlowKey::from(&flow.client_side())).map(|there| BootTime(there.last_seen))
     }
 
     fn consult(&mut self, service: u32, consult: bool) {

@@ -4,24 +4,23 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use aya::Ebpf;
 use aya::maps::Map;
 
 use super::abi::{
-    self, BackendCell, BoundCell, BoundKey, Clock, Config, FilterLine, FlowCell, FlowKey, Grant, Hop,
-    LeaseCell, NeighbourKey, Plain, PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
+    self, BackendCell, Clock, Config, FilterLine, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey, Plain,
+    PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
-use super::growing::Growing;
 use super::program::{KernelError, Sizes};
 use super::sys::{self, Mapped};
+use super::table::{FlowTable, Growth};
 use super::ticks;
 use crate::drops::Reason;
 use crate::engine::{Event, Port};
-use crate::flow::State;
+use crate::flow::BackendSide;
 use crate::neighbour::Mac;
-use crate::plan::Protocol;
 
 /// What the program is to know of a service's remembered flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +29,7 @@ pub enum Memory {
     None,
     /// There are some.
     Some {
-        /// Whether all of them stand in `flows`, steady or not: then a packet whose flow isn't there is forwarded by hash, otherwise
+        /// Whether all of them stand in the table, steady or not: then a packet whose flow isn't there is forwarded by hash, otherwise
         /// it goes up.
         conclusive: bool,
         /// The filter that says of which hashes they are.
@@ -45,9 +44,7 @@ pub struct Maps {
     cpus: u32,
     pub(super) generation: OwnedFd,
     pub(super) slots: OwnedFd,
-    flows: Growing<FlowKey, FlowCell>,
-    bound: Growing<BoundKey, BoundCell>,
-    growing: AtomicBool,
+    flows: FlowTable,
     routes: OwnedFd,
     neighbours: OwnedFd,
     host: OwnedFd,
@@ -59,8 +56,7 @@ pub struct Maps {
     leases_fd: OwnedFd,
     traffic: Mapped<Traffic>,
     seen: Mapped<Seen>,
-    tally: Mapped<Tally>,
-    grants: Mapped<Grant>,
+    tally: Arc<Mapped<Tally>>,
 }
 
 impl crate::lease::SharedCells for Maps {
@@ -77,18 +73,24 @@ impl Maps {
             let map = ebpf.map(name).ok_or_else(|| io::Error::other("the object has no such map"));
             map.and_then(descriptor).map_err(KernelError::map(format!("open the map \"{name}\"")))
         };
-        let made = || KernelError::map("make the maps of flows");
         let leases_fd = take("leases")?;
         let config = Arc::new(mapped(&take("config")?, 1)?);
-        let growing = (sizes.first_flows, sizes.flows);
+        config.write(0, &first_config(sizes));
+        let tally = Arc::new(mapped(&take("tally")?, cpus)?);
+        let flows = FlowTable::new(
+            take("pool")?,
+            take("names")?,
+            (sizes.first_flows, sizes.flows),
+            Arc::clone(&config),
+            Arc::clone(&tally),
+            mapped(&take("grants")?, cpus)?,
+        );
         Ok(Maps {
             sizes,
             cpus,
             generation: take("generation")?,
             slots: take("slots")?,
-            flows: Growing::new(take("flows")?, "flows", growing, Arc::clone(&config)).map_err(made())?,
-            bound: Growing::new(take("bound")?, "bound", growing, Arc::clone(&config)).map_err(made())?,
-            growing: AtomicBool::new(false),
+            flows: flows.map_err(KernelError::map("make the table of flows"))?,
             routes: take("routes")?,
             neighbours: take("neighbours")?,
             host: take("host")?,
@@ -100,21 +102,8 @@ impl Maps {
             leases_fd,
             traffic: mapped(&take("traffic")?, sizes.backends.saturating_mul(cpus))?,
             seen: mapped(&take("seen")?, sizes.backends)?,
-            tally: mapped(&take("tally")?, cpus)?,
-            grants: mapped(&take("grants")?, cpus)?,
-        }
-        .with_config())
-    }
-
-    fn with_config(self) -> Maps {
-        let config = Config {
-            backends: self.sizes.backends,
-            services: self.sizes.services,
-            slack: ticks::slack(),
-            ..Config::zeroed()
-        };
-        self.config.write(0, &config);
-        self
+            tally,
+        })
     }
 
     /// Room in the maps.
@@ -142,7 +131,7 @@ impl Maps {
         self.config.write(0, &config);
     }
 
-    /// Tells the program whether every binding of full NAT is in `bound`, so that it may drop answers to none itself
+    /// Tells the program whether every binding of full NAT is in the table, so that it may drop answers to none itself
     /// (`no_binding`).
     pub fn set_bound_complete(&self, complete: bool) {
         self.set_flags(abi::CONFIG_BOUND_COMPLETE, if complete { abi::CONFIG_BOUND_COMPLETE } else { 0 });
@@ -156,7 +145,13 @@ impl Maps {
     }
 
     fn set_flags(&self, mask: u32, flags: u32) {
-        set_flags(&self.config, mask, flags);
+        const AT: usize = std::mem::offset_of!(Config, flags);
+        const { assert!(AT.is_multiple_of(8), "the lower half of a word") };
+        if let Some(word) = self.config.word(0, AT) {
+            let change = |word: u64| Some(word & !u64::from(mask) | u64::from(flags));
+            // The closure never refuses.
+            let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
+        }
     }
 
     /// Says whether the next piece of news is to wake who waits for it.
@@ -164,11 +159,10 @@ impl Maps {
         self.set_flags(abi::CONFIG_WAKE, if wake { abi::CONFIG_WAKE } else { 0 });
     }
 
-    /// Says how many flows a processor may have made since the program was loaded; more than before, or fewer.
+    /// Says how many flows a processor may have made since the program was loaded; more than before, or fewer. It makes no more than
+    /// there are cells for.
     pub fn set_grant(&self, cpu: u32, most: u64) {
-        if let Some(word) = self.grants.word(cpu, std::mem::offset_of!(Grant, most)) {
-            word.store(most, Ordering::Release);
-        }
+        self.flows.grant(cpu, most);
     }
 
     /// Processors that the program counts for.
@@ -294,181 +288,80 @@ impl Maps {
 
     // Flows.
 
-    /// Writes a flow.
+    /// Writes a flow, with its name on the backend's side if it has one there. Another flow of one of these names is gone.
     ///
     /// # Errors
     /// `E2BIG`, `ENOMEM`: no room; the flow's packets go up, but not where the service is said to be conclusive.
-    pub fn put_flow(&self, key: &FlowKey, cell: &FlowCell) -> io::Result<()> {
-        self.flows.put(key, cell)
+    pub fn put_flow(&self, flow: &FlowCell, answers: Option<&BackendSide>) -> io::Result<()> {
+        self.flows.put(flow, answers)
     }
 
-    /// A flow as it stands: `last_seen` is the program's.
-    ///
-    /// # Errors
-    /// As bpf(2), other than that there is none.
-    pub fn flow(&self, key: &FlowKey) -> io::Result<Option<FlowCell>> {
+    /// The flow of a client as it stands: `last_seen` is the program's.
+    pub fn flow(&self, key: &FlowKey) -> Option<FlowCell> {
         self.flows.get(key)
     }
 
-    /// Removes a flow; `false` when it was not there.
-    ///
-    /// # Errors
-    /// As bpf(2), other than that there is none.
-    pub fn remove_flow(&self, key: &FlowKey) -> io::Result<bool> {
-        self.flows.remove(key)
+    /// The flow that a backend's answers are of, or a name that is only taken.
+    pub fn answered(&self, name: &BackendSide) -> Option<FlowCell> {
+        self.flows.answered(name)
     }
 
-    /// Writes the backend's side of a flow.
-    ///
-    /// # Errors
-    /// As [`Maps::put_flow`].
-    pub fn put_bound(&self, key: &BoundKey, cell: &BoundCell) -> io::Result<()> {
-        self.bound.put(key, cell)
+    /// Removes the flow of one of these names, and what has the other; `false` when there was none.
+    pub fn remove_flow(&self, key: &FlowKey, answers: Option<&BackendSide>) -> bool {
+        self.flows.remove(Some(key), answers)
     }
 
-    /// The backend's side of a flow as it stands.
-    ///
-    /// # Errors
-    /// As bpf(2), other than that there is none.
-    pub fn bound(&self, key: &BoundKey) -> io::Result<Option<BoundCell>> {
-        self.bound.get(key)
-    }
-
-    /// Writes the backend's side of a flow unless that name is taken; whether it was free.
+    /// Takes a name on the backend's side for a flow that is to be written, unless it is taken; whether it was free.
     ///
     /// # Errors
     /// As [`Maps::put_flow`].
-    pub fn reserve_bound(&self, key: &BoundKey, cell: &BoundCell) -> io::Result<bool> {
-        self.bound.put_new(key, cell)
+    pub fn reserve_name(&self, name: &BackendSide) -> io::Result<bool> {
+        self.flows.reserve(name)
     }
 
-    /// Removes the backend's side of a flow; `false` when it was not there.
-    ///
-    /// # Errors
-    /// As bpf(2), other than that there is none.
-    pub fn remove_bound(&self, key: &BoundKey) -> io::Result<bool> {
-        self.bound.remove(key)
+    /// Gives a name on the backend's side back; `false` when nobody had it.
+    pub fn release_name(&self, name: &BackendSide) -> bool {
+        self.flows.remove(None, Some(name))
     }
 
-    /// Writes many flows at once, for benchmarks.
-    ///
-    /// # Errors
-    /// As bpf(2); some may have been written.
-    pub fn put_flows(&self, keys: &[FlowKey], cells: &[FlowCell]) -> io::Result<()> {
-        self.flows.put_all(keys, cells)
+    /// Counts what there is of flows, one by one: names of clients, names of answers.
+    pub fn count_flows(&self) -> (usize, usize) {
+        self.flows.count()
     }
 
-    /// Counts what there is of flows, one by one: of the client's side, of the backend's side.
+    /// Removes every flow, and with them what services remember. No program may be running.
     ///
     /// # Errors
     /// As bpf(2).
-    pub fn count_flows(&self) -> io::Result<(usize, usize)> {
-        Ok((self.flows.len()?, self.bound.len()?))
-    }
-
-    /// Removes every flow, both sides, and with them what services remember.
-    ///
-    /// # Errors
-    /// As bpf(2); some may have been removed.
     pub fn clear_flows(&self) -> io::Result<()> {
         self.flows.clear()?;
-        self.bound.clear()?;
         for number in 0..self.sizes.services {
             self.set_memory(number, Memory::None);
         }
         Ok(())
     }
 
-    // Maps of flows that grow.
+    // The table of flows grows.
 
-    /// From how many flows on the maps of flows should grow, so that they have done so before they are full; `None`: they are as large
-    /// as they may be.
-    pub(super) fn grows_from(&self) -> Option<usize> {
-        let rooms = [self.flows.room(), self.bound.room()];
-        rooms.into_iter().filter(|(_, grows)| *grows).map(|(room, _)| room as usize / 2).min()
+    /// Whether it should, so that it has done so before it is full.
+    pub fn should_grow(&self) -> bool {
+        self.flows.is_short()
     }
 
-    /// Begins to let the maps of flows grow. From now on whoever hears news must tell of it ([`Maps::note_news`]).
+    /// Lets it begin to.
     ///
     /// # Errors
     /// As bpf(2); then nothing was begun.
     pub fn begin_growing(&self) -> io::Result<()> {
-        let begun = self.flows.begin().and_then(|()| self.bound.begin());
-        self.growing.store(begun.is_ok(), Ordering::Relaxed);
-        if begun.is_err() {
-            self.abandon_growing();
-        }
-        begun
+        self.flows.begin()
     }
 
-    /// Takes note of what the program wrote, while maps grow.
-    pub(super) fn note_news(&self, news: &abi::News) {
-        if !self.growing.load(Ordering::Relaxed) {
-            return;
-        }
-        self.flows.changed(&news.flow);
-        // A number is given to another backend only when all that the program told of the one before has been heard.
-        if let Some(backend) = self.backend(news.backend) {
-            let udp = State::of_bits(news.progress) == Some(State::Udp);
-            let protocol = if udp { Protocol::Udp } else { Protocol::Tcp };
-            self.bound.changed(&BoundKey {
-                backend: backend.address,
-                snat: news.snat,
-                backend_port: backend.port,
-                snat_port: news.snat_port,
-                protocol: protocol.number(),
-                ..BoundKey::zeroed()
-            });
-        }
-    }
-
-    /// Copies a piece of what the maps hold, which is so many flows. Whether it is time to finish: hardly anything is left, or they will
-    /// soon be full.
+    /// Does a piece of it, some tens of microseconds.
     ///
     /// # Errors
     /// As bpf(2); it no longer grows.
-    pub fn proceed_growing(&self, flows: usize) -> io::Result<bool> {
-        let room = self.flows.room().0.min(self.bound.room().0) as usize;
-        if flows >= room - room / 8 {
-            return Ok(true);
-        }
-        let ready = self.flows.proceed().and_then(|flows| Ok(flows & self.bound.proceed()?));
-        if ready.is_err() {
-            self.abandon_growing();
-        }
-        ready
-    }
-
-    /// Puts the larger maps in force. `hear` has to hear all news that there is.
-    ///
-    /// # Errors
-    /// As bpf(2); it no longer grows, but for one of the two maps perhaps.
-    pub fn finish_growing(&self, hear: impl FnOnce()) -> io::Result<()> {
-        self.set_flags(abi::CONFIG_FROZEN, abi::CONFIG_FROZEN);
-        let done = self.flows.fence().and_then(|()| {
-            hear();
-            // Each waits for the kernel, and the kernel can have both wait for the same.
-            std::thread::scope(|scope| {
-                let beside = std::thread::Builder::new().spawn_scoped(scope, || self.flows.finish());
-                let bound = self.bound.finish();
-                let flows = match beside {
-                    Ok(beside) => {
-                        beside.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
-                    }
-                    Err(_) => self.flows.finish(),
-                };
-                flows.and(bound)
-            })
-        });
-        self.set_flags(abi::CONFIG_FROZEN, 0);
-        self.abandon_growing();
-        done
-    }
-
-    fn abandon_growing(&self) {
-        self.growing.store(false, Ordering::Relaxed);
-        self.flows.abandon();
-        self.bound.abandon();
+    pub fn proceed_growing(&self) -> io::Result<Growth> {
+        self.flows.proceed()
     }
 
     // Ways to clients.
@@ -580,6 +473,7 @@ impl Maps {
             add(&mut sum.drops, &t.drops);
             add(&mut sum.up, &t.up);
             sum.made += t.made;
+            sum.taken += t.taken;
         }
         sum
     }
@@ -602,15 +496,8 @@ impl Tally {
     }
 }
 
-/// Changes flags of the configuration.
-pub(super) fn set_flags(config: &Mapped<Config>, mask: u32, flags: u32) {
-    const AT: usize = std::mem::offset_of!(Config, flags);
-    const { assert!(AT.is_multiple_of(8), "the lower half of a word") };
-    if let Some(word) = config.word(0, AT) {
-        let change = |word: u64| Some(word & !u64::from(mask) | u64::from(flags));
-        // The closure never refuses.
-        let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, change);
-    }
+fn first_config(sizes: Sizes) -> Config {
+    Config { backends: sizes.backends, services: sizes.services, slack: ticks::slack(), ..Config::zeroed() }
 }
 
 fn route_key(network: IpAddr, prefix_len: u8) -> RouteKey {

@@ -14,7 +14,7 @@
 //! | [`program`] | loading, test runs |
 //! | [`maps`] | the maps with a name for each thing that is done to them |
 //! | [`fill`] | from compiled tables to a generation of the maps |
-//! | `growing` | hash maps that grow |
+//! | [`table`] | the table of flows, and how it grows |
 //! | [`harness`] | what tests and benchmarks put around the program |
 //! | `places` | how a generation's table is laid out |
 //! | [`Silencer`] | ends what the program answers for when its process is dead |
@@ -29,7 +29,6 @@ mod attach;
 pub mod cache;
 mod check;
 pub mod fill;
-mod growing;
 pub mod harness;
 mod lane;
 mod link;
@@ -41,6 +40,7 @@ pub mod program;
 mod silencer;
 mod sync;
 pub mod sys;
+pub mod table;
 mod tap;
 mod ticks;
 mod ways;

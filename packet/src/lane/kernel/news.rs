@@ -72,17 +72,11 @@ impl News {
         }
     }
 
-    /// Has the engine learn what there is, and gives out anew how many flows may be made. How many pieces told of something that was
-    /// done.
+    /// Has the engine learn what there is, and gives out anew how many flows may be made. How many pieces there were.
     pub fn learn(&mut self, engine: &mut Engine, now: BootTime) -> usize {
-        let (mut pieces, mut done) = (0, 0);
+        let mut pieces = 0;
         while pieces < AT_ONCE {
-            let taken = self.take(GRANT_EVERY, |news| {
-                if let Some(kept) = kept(news) {
-                    engine.learn(&kept, now);
-                    done += 1;
-                }
-            });
+            let taken = self.take(GRANT_EVERY, |news| engine.learn(&kept(news), now));
             if taken == 0 {
                 break;
             }
@@ -99,7 +93,7 @@ impl News {
                 self.maps.set_wake(false);
             }
         }
-        done
+        pieces
     }
 
     /// Takes what there is, `most` pieces at most, for `each`; how many. Whoever takes without an engine gives out grants himself.
@@ -113,7 +107,6 @@ impl News {
             {
                 *learned += 1;
             }
-            self.maps.note_news(&news);
             each(&news);
             pieces += 1;
         }
@@ -165,13 +158,8 @@ impl News {
     }
 }
 
-fn kept(news: &abi::News) -> Option<Kept> {
-    let opened = match news.kind {
-        abi::NEWS_OPENED => true,
-        abi::NEWS_CHANGED => false,
-        _ => return None,
-    };
-    Some(Kept {
+fn kept(news: &abi::News) -> Kept {
+    Kept {
         client_side: ClientSide {
             service: news.flow.service,
             client: abi::narrow(news.flow.client),
@@ -179,9 +167,9 @@ fn kept(news: &abi::News) -> Option<Kept> {
         },
         backend: news.backend,
         snat: (abi::narrow(news.snat), u16::from_be_bytes(news.snat_port)),
-        opened,
+        opened: news.kind == abi::NEWS_OPENED,
         progress: news.progress,
         version: news.flags >> abi::FLOW_VERSION_SHIFT,
         at: BootTime(news.now),
-    })
+    }
 }

@@ -11,6 +11,7 @@ use aya::{Ebpf, EbpfLoader};
 use super::maps::Maps;
 use super::news::News;
 use super::sys::{self, Ran};
+use super::table;
 use crate::plan::MAX_SERVICES;
 
 /// The object for the XDP hook, for a loader of one's own.
@@ -37,14 +38,14 @@ impl Hook {
     }
 }
 
-/// Room in the maps. It is taken when the program is loaded, except that of flows, whose maps grow with them.
+/// Room in the maps. It is taken when the program is loaded, except that of flows, whose table grows with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// Backends' states (numbers below this): 592 bytes each and 64 more for each processor. What goes beyond goes up.
     pub backends: u32,
     /// Services' states.
     pub services: u32,
-    /// Flows, about 150 bytes each and as many again for the other side of full NAT. What goes beyond goes up.
+    /// Flows, 110 bytes each when there are so many. What goes beyond goes up.
     pub flows: u32,
     /// Flows that there is room for at first.
     pub first_flows: u32,
@@ -125,6 +126,7 @@ impl Kernel {
         let cpus = possible_cpus().map_err(KernelError::map("count the processors"))?;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("slots", MAX_TABLES)
+            .map_max_entries("pool", table::blocks(sizes.flows))
             .map_max_entries("backends", sizes.backends)
             .map_max_entries("seen", sizes.backends)
             .map_max_entries("traffic", sizes.backends.saturating_mul(cpus))

@@ -12,6 +12,7 @@ use super::fill::{Filler, Snapshot};
 use super::maps::Maps;
 use super::news::News;
 use super::program::Kernel;
+use super::table::Growth;
 use super::tap::Tap;
 use super::ways::Ways;
 use crate::drops::Reason;
@@ -32,6 +33,11 @@ const AT_ONCE: usize = 2000;
 /// Stale neighbours that the kernel is asked to confirm in one [`ROUND`] besides backends and routers: clients on the link,
 /// while answers to clients pass. A few ARP requests a second.
 const CONFIRM_AT_ONCE: usize = 32;
+
+/// Between two looks whether the kernel has done what a larger table of flows waits for.
+const GROWTH_NAP: Duration = Duration::from_millis(1);
+/// After a failure to enlarge it.
+const GROW_AGAIN: Duration = Duration::from_secs(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -59,9 +65,12 @@ pub struct Sync {
     confirmed: usize,
     returned: u64,
     attend_at: BootTime,
-    /// Flows from which on their maps should grow.
-    grows_from: usize,
-    growing: bool,
+    /// How far the table of flows has grown that is being enlarged.
+    growth: Growth,
+    /// When it may be tried again after it failed.
+    grow_after: BootTime,
+    /// When it was last looked after.
+    grown_at: BootTime,
 }
 
 impl Sync {
@@ -94,33 +103,26 @@ impl Sync {
             confirmed: 0,
             returned: 0,
             attend_at: BootTime(0),
-            grows_from: maps.grows_from().unwrap_or(usize::MAX),
-            growing: false,
+            growth: Growth::None,
+            grow_after: BootTime(0),
+            grown_at: BootTime(0),
             maps,
         }
     }
 
-    /// Does a piece of what it takes to let the maps of flows grow.
-    fn grow(&mut self, engine: &mut Engine, now: BootTime) {
-        let grown = match self.maps.proceed_growing(engine.flow_count()) {
-            Ok(false) => return,
-            Ok(true) => {
-                let maps = Arc::clone(&self.maps);
-                maps.finish_growing(|| {
-                    self.news.learn(engine, now);
-                })
-            }
-            Err(e) => Err(e),
+    /// Does a piece of what it takes to let the table of flows grow, if it should.
+    fn grow(&mut self, now: BootTime) {
+        self.grown_at = now;
+        let grown = match self.growth {
+            Growth::None if now < self.grow_after || !self.maps.should_grow() => return,
+            Growth::None => self.maps.begin_growing().map(|()| Growth::Waiting),
+            _ => self.maps.proceed_growing(),
         };
-        self.growing = false;
-        self.grows_from = match grown {
-            Ok(()) => self.maps.grows_from().unwrap_or(usize::MAX),
-            Err(error) => {
-                tracing::warn!(%error, "the program's maps of flows could not be made larger yet: beyond their room connections pass through user space; is the machine short of memory?");
-                // Whoever finds them full tries again.
-                engine.flow_count().saturating_mul(2)
-            }
-        };
+        self.growth = grown.unwrap_or_else(|error| {
+            tracing::warn!(%error, "the program's table of flows could not be made larger yet: beyond its room connections pass through user space; is the machine short of memory?");
+            self.grow_after = now.after(GROW_AGAIN);
+            Growth::None
+        });
     }
 
     fn attach(&mut self, port: Port, config: &PortConfig) -> Result<(), String> {
@@ -254,18 +256,8 @@ impl Below for Sync {
 
     fn learn(&mut self, engine: &mut Engine, now: BootTime) {
         self.news.learn(engine, now);
-        if !self.growing && engine.flow_count() >= self.grows_from {
-            // They may have grown already because they were full.
-            self.grows_from = self.maps.grows_from().unwrap_or(usize::MAX);
-            if engine.flow_count() >= self.grows_from {
-                match self.maps.begin_growing() {
-                    Ok(()) => self.growing = true,
-                    Err(error) => {
-                        tracing::warn!(%error, "the program's maps of flows can't be made larger yet: beyond their room connections pass through user space; is the machine short of memory?");
-                        self.grows_from = engine.flow_count().saturating_mul(2);
-                    }
-                }
-            }
+        if self.growth == Growth::None {
+            self.grow(now);
         }
     }
 
@@ -292,8 +284,8 @@ impl Below for Sync {
     }
 
     fn attend(&mut self, engine: &mut Engine, hops: &Hops, now: BootTime) {
-        if self.growing {
-            self.grow(engine, now);
+        if self.growth != Growth::None {
+            self.grow(now);
         }
         if self.attend_at > now {
             return;
@@ -310,7 +302,11 @@ impl Below for Sync {
     }
 
     fn next_deadline(&self) -> BootTime {
-        if self.growing { BootTime(0) } else { self.attend_at }
+        match self.growth {
+            Growth::None => self.attend_at,
+            Growth::Waiting => self.attend_at.min(self.grown_at.after(GROWTH_NAP)),
+            Growth::Copying => BootTime(0),
+        }
     }
 
     fn counters(&mut self, engine: &Engine, now: BootTime) -> Counters {
