@@ -4,6 +4,7 @@
 //! Everybody stands on one IPv4 network but the clients, which are behind a router. Needs root where there is a hook.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,10 +14,11 @@ use komainu_packet::lane::FlowFilter;
 use komainu_packet::lane::kernel::abi::{Hop, LeaseCell};
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
+use komainu_packet::lane::kernel::growing::Growth;
 use komainu_packet::lane::kernel::maps::Maps;
 use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
-use komainu_packet::lane::kernel::table::Growth;
+use komainu_packet::lane::kernel::sys;
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
 use komainu_packet::plan::{
@@ -29,7 +31,8 @@ const GROUP: u32 = 1;
 const PORT: u16 = 80;
 const OWN: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 const VIP: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 100);
-const SNAT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 101);
+/// The first SNAT address.
+pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 101);
 const OWN_MAC: Mac = [2, 0, 0, 0, 0, 0xaa];
 const ROUTER_MAC: Mac = [2, 0, 0, 0, 0, 1];
 /// Flows of one client address.
@@ -77,6 +80,16 @@ fn mac_of(address: IpAddr) -> Mac {
 impl NextHops for Hops {
     fn lookup(&self, destination: IpAddr) -> NextHop {
         NextHop::Resolved { port: Port::Service, next_hop: destination, mac: mac_of(destination) }
+    }
+}
+
+/// Keeps the calling thread on one processor; where there is no such, wherever it is.
+fn run_on(cpu: usize) {
+    // SAFETY: a set of processors is plain data, and the calls write into this one only.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
     }
 }
 
@@ -181,6 +194,41 @@ impl Path {
     /// Flows in the program's maps: on the client's side, on the backend's side.
     pub fn in_maps(&self) -> (usize, usize) {
         self.kernel.as_ref().map_or((0, 0), |(kernel, ..)| kernel.maps().count_flows())
+    }
+
+    /// Has two processors run the program at once, each with the first segments of its part of `flows` and of every eighth of the other's,
+    /// while the engine follows and the caller does what `beside` does, until both are done.
+    pub fn make_on_two_processors(&mut self, flows: [Range<u32>; 2], mut beside: impl FnMut(&Maps)) {
+        let frame = |flow: u32| self.packet(client(flow), (VIP, PORT), ROUTER_MAC, Flags::Syn);
+        let eighth =
+            |flows: &Range<u32>| flows.clone().filter(|flow| flow % 8 == 0).map(frame).collect::<Vec<_>>();
+        let all = |flows: &Range<u32>| flows.clone().map(frame).collect::<Vec<_>>();
+        let frames: [Vec<_>; 2] = std::array::from_fn(|cpu| {
+            // Those of both meet in time.
+            let mut others = eighth(&flows[1 - cpu]).into_iter();
+            all(&flows[cpu]).chunks(8).flat_map(|own| own.iter().copied().chain(others.next())).collect()
+        });
+        let (kernel, _, news) = self.kernel.as_mut().expect("a program");
+        let (program, maps) = (kernel.program_fd().unwrap(), kernel.maps());
+        std::thread::scope(|scope| {
+            let threads = [0, 1].map(|cpu| {
+                let frames = &frames[cpu];
+                scope.spawn(move || {
+                    run_on(cpu);
+                    for frame in frames {
+                        sys::test_run(program, frame, None, 1).unwrap();
+                    }
+                })
+            });
+            while !threads.iter().all(|thread| thread.is_finished()) {
+                let now = BootTime::now();
+                news.grant(&mut self.engine, now);
+                news.learn(&mut self.engine, now);
+                grow(maps);
+                beside(maps);
+            }
+        });
+        self.learn();
     }
 
     /// The program's table of flows begins to grow, and from now on grows only when it is told to ([`Path::grow`]).

@@ -68,9 +68,8 @@ pub struct EngineConfig {
 pub const MAX_FLOWS: usize = 1 << 26;
 /// Flow table of a lane that was told nothing else: 1 M flows, about 130 MB when full.
 pub const DEFAULT_MAX_FLOWS: usize = 1 << 20;
-/// New flows per second of a lane that was told nothing else: more than one core of the `af_packet` lane takes in, so it
-/// is met by floods only.
-pub const DEFAULT_NEW_FLOWS_PER_SECOND: u32 = 200_000;
+/// New flows per second of a lane that was told nothing else: more than one core follows of any lane, so it is met by floods only.
+pub const DEFAULT_NEW_FLOWS_PER_SECOND: u32 = 500_000;
 /// Foreign claims that wait for [`Engine::poll_claim`]. Each address waits at most once, so more than the VIPs of a
 /// busy pair are not needed; a flood of claims loses the rest and they come again.
 pub const MAX_CLAIMS: usize = 64;

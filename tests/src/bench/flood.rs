@@ -40,7 +40,7 @@ pub fn measure(runs: usize, packets: u32) -> Result<Vec<Line>> {
         let nothing = harness.program("nothing")?;
         let established = Bench { runs: 0, flows: ESTABLISHED, v4: 1, frame: packet(false, ACK) };
         let flood = Bench { runs: 0, flows: FLOOD, v4: 1, frame: packet(false, SYN) };
-        flooded_bed.grant(HALF_OPEN.into());
+        flooded_bed.grant(HALF_OPEN.into())?;
         run_all(&harness, &flood, flooded_bed.program()?, 2 * HALF_OPEN)?;
         let slices = (packets / SLICE).clamp(1, MOST_SLICES);
         let round = |flooded: bool| -> Result<f64> {

@@ -15,6 +15,7 @@ use anyhow::{Context, Result, ensure};
 use komainu_packet::engine::{Engine, EngineConfig, Port, PortConfig};
 use komainu_packet::lane::kernel::abi::{self, Bench, FlowCell, Hop, LeaseCell, Plain};
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
+use komainu_packet::lane::kernel::growing::Growth;
 use komainu_packet::lane::kernel::harness::Harness;
 use komainu_packet::lane::kernel::maps::Memory;
 use komainu_packet::lane::kernel::news::News;
@@ -181,7 +182,7 @@ impl Bed {
             let bench =
                 Bench { runs: 0, flows: 1 << 31, v4: u32::from(!self.v6), frame: new_packet(self.v6) };
             floor += run(harness, &bench, harness.program("nothing")?, MADE_AT_ONCE, XDP_TX)?;
-            self.grant(u64::from(MADE_AT_ONCE));
+            self.grant(u64::from(MADE_AT_ONCE))?;
             cost += run(harness, &bench, self.program()?, MADE_AT_ONCE, XDP_TX)?;
             slices += 1;
             let taken = self.take_made()?;
@@ -191,9 +192,14 @@ impl Bed {
         Ok((cost - floor) / f64::from(slices))
     }
 
-    /// Lets each processor make so many flows more.
-    pub(super) fn grant(&self, flows: u64) {
+    /// Lets each processor make so many flows more. The table grows for them, as the lane would let it.
+    pub(super) fn grant(&self, flows: u64) -> Result<()> {
+        let maps = self.kernel.maps();
+        while maps.proceed_growing()? != Growth::None || maps.should_grow() {
+            maps.begin_growing()?;
+        }
         self.news.lock().unwrap_or_else(PoisonError::into_inner).grant_each(flows);
+        Ok(())
     }
 
     /// Takes the flows that were made out of the maps; how many there were.

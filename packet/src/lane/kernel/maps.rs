@@ -13,9 +13,10 @@ use super::abi::{
     self, BackendCell, Clock, Config, FilterLine, FlowCell, FlowKey, Hop, LeaseCell, NeighbourKey, Plain,
     PortCell, RouteKey, Seen, ServiceCell, Tally, Traffic,
 };
+use super::growing::Growth;
 use super::program::{KernelError, Sizes};
 use super::sys::{self, Mapped};
-use super::table::{FlowTable, Growth};
+use super::table::FlowTable;
 use super::ticks;
 use crate::drops::Reason;
 use crate::engine::{Event, Port};

@@ -14,7 +14,7 @@
 //! | [`program`] | loading, test runs |
 //! | [`maps`] | the maps with a name for each thing that is done to them |
 //! | [`fill`] | from compiled tables to a generation of the maps |
-//! | [`table`] | the table of flows, and how it grows |
+//! | `table`, `index`, [`growing`] | the table of flows, where its names stand, and how it grows |
 //! | [`harness`] | what tests and benchmarks put around the program |
 //! | `places` | how a generation's table is laid out |
 //! | [`Silencer`] | ends what the program answers for when its process is dead |
@@ -29,7 +29,9 @@ mod attach;
 pub mod cache;
 mod check;
 pub mod fill;
+pub mod growing;
 pub mod harness;
+mod index;
 mod lane;
 mod link;
 pub mod maps;
@@ -40,7 +42,7 @@ pub mod program;
 mod silencer;
 mod sync;
 pub mod sys;
-pub mod table;
+mod table;
 mod tap;
 mod ticks;
 mod ways;

@@ -11,28 +11,18 @@ use super::abi::Plain;
 
 // Commands of bpf(2), from <linux/bpf.h>.
 const MAP_CREATE: u32 = 0;
-const MAP_LOOKUP: u32 = 1;
 const MAP_UPDATE: u32 = 2;
 const MAP_DELETE: u32 = 3;
 const MAP_NEXT_KEY: u32 = 4;
 const PROG_TEST_RUN: u32 = 10;
-const MAP_LOOKUP_BATCH: u32 = 24;
 const MAP_UPDATE_BATCH: u32 = 26;
 
-/// `BPF_MAP_TYPE_HASH`.
-pub const TYPE_HASH: u32 = 1;
 /// `BPF_MAP_TYPE_ARRAY`.
 pub const TYPE_ARRAY: u32 = 2;
-/// `BPF_F_NO_PREALLOC`.
-pub const FLAG_NO_PREALLOC: u32 = 1;
 /// `BPF_F_MMAPABLE`.
 pub const FLAG_MMAPABLE: u32 = 1 << 10;
 /// `BPF_F_INNER_MAP`.
 pub const FLAG_INNER: u32 = 1 << 12;
-/// `BPF_NOEXIST` of an update.
-pub const UPDATE_NEW: u64 = 1;
-/// `BPF_EXIST` of an update.
-pub const UPDATE_EXISTING: u64 = 2;
 
 fn bpf<T>(command: u32, attributes: &mut T) -> io::Result<i32> {
     // SAFETY: `attributes` is a prefix of `union bpf_attr` for this command, whose pointers are valid for the call; the kernel
@@ -104,21 +94,6 @@ pub fn update<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K, value: &V, flags
     bpf(MAP_UPDATE, &mut a).map(drop)
 }
 
-/// Reads an entry.
-///
-/// # Errors
-/// As bpf(2), other than that there is none.
-pub fn lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
-    let mut value = V::zeroed();
-    let at = std::ptr::from_mut(&mut value) as u64;
-    let mut a = Element { fd: fd(map), _pad: 0, key: address(key), value: at, flags: 0 };
-    match bpf(MAP_LOOKUP, &mut a) {
-        Ok(_) => Ok(Some(value)),
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-        Err(e) => Err(e),
-    }
-}
-
 /// Removes an entry; `false` when there was none.
 ///
 /// # Errors
@@ -179,35 +154,6 @@ pub fn update_batch<K: Plain, V: Plain>(map: BorrowedFd<'_>, keys: &[K], values:
         flags: 0,
     };
     bpf(MAP_UPDATE_BATCH, &mut a).map(drop)
-}
-
-/// Reads entries of a hash map, as many as there is room for in both slices; `cursor` is what the call before returned. How many,
-/// and where to go on; `None` at the end.
-///
-/// # Errors
-/// As bpf(2): `ENOSPC` when there is not even room for the entries of one bucket.
-pub fn lookup_batch<K: Plain, V: Plain>(
-    map: BorrowedFd<'_>,
-    cursor: Option<u32>,
-    keys: &mut [K],
-    values: &mut [V],
-) -> io::Result<(usize, Option<u32>)> {
-    let mut next = 0u32;
-    let mut a = Batch {
-        in_batch: cursor.as_ref().map_or(0, address),
-        out_batch: std::ptr::from_mut(&mut next) as u64,
-        keys: keys.as_mut_ptr() as u64,
-        values: values.as_mut_ptr() as u64,
-        count: keys.len().min(values.len()) as u32,
-        map_fd: fd(map),
-        elem_flags: 0,
-        flags: 0,
-    };
-    match bpf(MAP_LOOKUP_BATCH, &mut a) {
-        Ok(_) => Ok((a.count as usize, Some(next))),
-        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok((a.count as usize, None)),
-        Err(e) => Err(e),
-    }
 }
 
 #[repr(C)]

@@ -12,16 +12,7 @@
 //!     another flow in it. What it writes there meanwhile is lost, and nobody misses it;
 //!   - a slot of the index is taken and given back by compare and exchange, by whoever comes.
 //!
-//! The index grows beside the one in use: with ten thousand flows in one for a million nearly every packet would find its line in none
-//! of the processor's caches. So it begins small, and is doubled before it is full ([`FlowTable::begin`], [`FlowTable::proceed`]):
-//!   1. a larger one is made, and more cells, on a thread of its own, for the kernel takes milliseconds for what it is asked there;
-//!   2. programs are told of it, and look for names in both. Those that have not heard of it yet are waited for, again on such a thread:
-//!      they would not find a name in the larger one, and might give it to another flow;
-//!   3. new names go into the larger one. Those that have not heard of that are waited for as well;
-//!   4. what the old one holds is copied, piece by piece, between frames;
-//!   5. the larger one is in force. Once no program looks at the old one any more, it is gone.
-//!
-//! At no time is there anything that a program can't find, or can't write.
+//! How it grows: `growing`.
 
 use std::collections::{HashSet, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -31,26 +22,20 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::abi::{
-    self, BLOCK_FLOWS, Config, FlowCell, FlowKey, GRANT_CELLS, Grant, INDEX_PROBES, INDEX_SECRETS,
-    LINE_SLOTS, Line, NOBODY, Plain, Tally,
+    self, BLOCK_FLOWS, Config, FlowCell, FlowKey, GRANT_CELLS, Grant, INDEX_SECRETS, Line, NOBODY, Plain,
+    Tally,
 };
+use super::growing::Stage;
+use super::index::{Index, slot};
 use super::sys::{self, Mapped};
 use crate::flow::BackendSide;
 use crate::time::BootTime;
 
 /// How long a cell is left alone that was taken out.
 const REST: Duration = Duration::from_millis(500);
-/// How many times larger the next index is.
-const GROWTH: u32 = 2;
-/// Lines that are copied at once, some tens of microseconds: frames that come up wait so long.
-const COPIED_AT_ONCE: u32 = 512;
-/// A program makes so many flows before user space says how many more, so there should be room for them.
-const ROOM_LEFT: u32 = GRANT_CELLS as u32;
-
 const WORD_OF_STATE: usize = 1;
 const WORD_OF_SERVICE: usize = offset_of!(FlowCell, service) / 8;
 const _: () = assert!(offset_of!(FlowCell, backend) == 8 && offset_of!(FlowCell, service).is_multiple_of(8));
@@ -62,84 +47,45 @@ pub(super) fn blocks(flows: u32) -> u32 {
     cells.min(u64::from(u32::MAX - 1)).div_ceil(u64::from(BLOCK_FLOWS)) as u32
 }
 
-/// How far a table has grown, see [`FlowTable::proceed`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Growth {
-    /// It doesn't.
-    None,
-    /// The kernel is waited for.
-    Waiting,
-    /// There is something to be done.
-    Copying,
-}
-
 /// See the module. Flows are written by one thread at a time.
 #[derive(Debug)]
 pub(super) struct FlowTable {
-    outer: Arc<Outer>,
+    pub(super) outer: Arc<Outer>,
     inner: Mutex<Inner>,
-    config: Arc<Mapped<Config>>,
+    pub(super) config: Arc<Mapped<Config>>,
     tally: Arc<Mapped<Tally>>,
     grants: Mapped<Grant>,
     secrets: [u64; INDEX_SECRETS],
-    most: u32,
+    /// Flows that there is ever room for.
+    pub(super) most: u32,
 }
 
 /// The maps of maps that programs look at.
 #[derive(Debug)]
-struct Outer {
+pub(super) struct Outer {
     pool: OwnedFd,
-    names: OwnedFd,
+    pub(super) names: OwnedFd,
 }
 
+/// What only its writer knows.
 #[derive(Debug)]
-struct Inner {
-    blocks: Vec<Block>,
-    index: Index,
+pub(super) struct Inner {
+    pub(super) blocks: Vec<Block>,
+    pub(super) index: Index,
     /// Its entry of `names`.
-    entry: u32,
+    pub(super) entry: u32,
     /// Flows that there is room for.
-    room: u32,
-    stage: Stage,
+    pub(super) room: u32,
+    pub(super) stage: Stage,
     /// The cell after the last one that was ever used.
-    fresh: u32,
-    free: Vec<u32>,
+    pub(super) fresh: u32,
+    pub(super) free: Vec<u32>,
     resting: VecDeque<(u32, BootTime)>,
-}
-
-#[derive(Debug)]
-enum Stage {
-    Quiet,
-    Making(JoinHandle<io::Result<Larger>>),
-    /// Programs are being told of it, and if it `moves`, that names go there now.
-    Telling {
-        next: Index,
-        room: u32,
-        moves: bool,
-        told: JoinHandle<io::Result<()>>,
-    },
-    /// Lines below `at` have been copied.
-    Copying {
-        next: Index,
-        room: u32,
-        at: u32,
-    },
-    /// The old one may still be looked at.
-    Leaving {
-        left: JoinHandle<io::Result<()>>,
-    },
-}
-
-#[derive(Debug)]
-struct Larger {
-    index: Index,
-    blocks: Vec<Block>,
-    room: u32,
 }
 
 /// Cells of the pool.
 #[derive(Debug)]
-struct Block {
+pub(super) struct Block {
     cells: Mapped<FlowCell>,
     map: OwnedFd,
 }
@@ -151,7 +97,7 @@ impl Block {
     }
 
     /// So many more, behind `present` that there are.
-    fn add(outer: &Outer, present: u32, more: u32) -> io::Result<Vec<Block>> {
+    pub(super) fn add(outer: &Outer, present: u32, more: u32) -> io::Result<Vec<Block>> {
         let blocks = (0..more).map(|_| Block::new()).collect::<io::Result<Vec<Block>>>()?;
         for (at, block) in (present..).zip(&blocks) {
             put_map(&outer.pool, at, &block.map)?;
@@ -162,89 +108,9 @@ impl Block {
 
 /// Puts a map into a map of maps. Returns when no program runs any more that began before: the kernel waits for that
 /// (`maybe_wait_bpf_programs`).
-fn put_map(outer: &OwnedFd, at: u32, map: &OwnedFd) -> io::Result<()> {
+pub(super) fn put_map(outer: &OwnedFd, at: u32, map: &OwnedFd) -> io::Result<()> {
     let fd: RawFd = map.as_raw_fd();
     sys::update(outer.as_fd(), &at, &fd, 0)
-}
-
-/// Where names stand.
-#[derive(Debug)]
-struct Index {
-    lines: Mapped<Line>,
-    map: OwnedFd,
-    shift: u32,
-}
-
-impl Index {
-    /// One for so many flows: full, four of seven slots are taken.
-    fn new(flows: u32) -> io::Result<Index> {
-        let lines = (flows / 2).clamp(INDEX_PROBES, 1 << 30).next_power_of_two();
-        let map = Index::create(lines)?;
-        Ok(Index { lines: Mapped::new(map.as_fd(), lines)?, map, shift: 32 - lines.trailing_zeros() })
-    }
-
-    fn create(lines: u32) -> io::Result<OwnedFd> {
-        sys::create::<u32, Line>("names", sys::TYPE_ARRAY, lines, sys::FLAG_MMAPABLE | sys::FLAG_INNER)
-    }
-
-    /// The words of a line: names displaced, slots.
-    fn line(&self, hash: u32, probe: u32) -> &[AtomicU64] {
-        let at = (hash >> self.shift).wrapping_add(probe) & (self.lines.len() - 1);
-        self.lines.words(at).unwrap_or(&[])
-    }
-
-    /// The cells whose flows have that hash.
-    fn cells(&self, hash: u32) -> impl Iterator<Item = u32> {
-        let displaced = self.line(hash, 0).first().is_some_and(|n| n.load(Ordering::SeqCst) != 0);
-        let lines = (0..if displaced { INDEX_PROBES } else { 1 }).map(move |probe| self.line(hash, probe));
-        let slots = lines.flat_map(|line| line.iter().skip(1)).map(|slot| slot.load(Ordering::SeqCst));
-        slots.filter(move |slot| *slot as u32 != 0 && (slot >> 32) as u32 == hash).map(|slot| slot as u32 - 1)
-    }
-
-    /// Puts a slot where its hash says; `false`: no line there has room.
-    fn put(&self, slot: u64) -> bool {
-        let hash = (slot >> 32) as u32;
-        let home = &self.line(hash, 0)[0];
-        for probe in 0..INDEX_PROBES {
-            // Said before: whoever looks for it must not stop at the first line.
-            if probe > 0 {
-                home.fetch_add(1, Ordering::SeqCst);
-            }
-            let exchange =
-                |at: &AtomicU64| at.compare_exchange(0, slot, Ordering::SeqCst, Ordering::SeqCst).is_ok();
-            if self.line(hash, probe).iter().skip(1).any(exchange) {
-                return true;
-            }
-            if probe > 0 {
-                home.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
-        false
-    }
-
-    /// Takes a slot out; `false`: it is not there.
-    fn take(&self, slot: u64) -> bool {
-        let hash = (slot >> 32) as u32;
-        for probe in 0..INDEX_PROBES {
-            let exchange =
-                |at: &AtomicU64| at.compare_exchange(slot, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok();
-            if self.line(hash, probe).iter().skip(1).any(exchange) {
-                if probe > 0 {
-                    self.line(hash, 0)[0].fetch_sub(1, Ordering::SeqCst);
-                }
-                return true;
-            }
-        }
-        false
-    }
-
-    fn slots(&self, line: u32) -> [u64; LINE_SLOTS] {
-        self.lines.read(line).map_or([0; LINE_SLOTS], |line| line.slots)
-    }
-}
-
-fn slot(hash: u32, cell: u32) -> u64 {
-    u64::from(hash) << 32 | u64::from(cell + 1)
 }
 
 impl Inner {
@@ -306,7 +172,7 @@ impl Inner {
         })
     }
 
-    fn cells(&self) -> u32 {
+    pub(super) fn cells(&self) -> u32 {
         (self.blocks.len() as u32).saturating_mul(BLOCK_FLOWS)
     }
 
@@ -397,12 +263,12 @@ impl FlowTable {
         Ok(table)
     }
 
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells programs where to look.
-    fn tell(&self, inner: &Inner) {
+    pub(super) fn tell(&self, inner: &Inner) {
         let next = match &inner.stage {
             Stage::Telling { next, moves, .. } => Some((next.shift, *moves)),
             Stage::Copying { next, .. } => Some((next.shift, true)),
@@ -454,7 +320,7 @@ impl FlowTable {
     }
 
     /// Flows in the table, names that are only taken included.
-    fn used(&self, inner: &Inner) -> u32 {
+    pub(super) fn used(&self, inner: &Inner) -> u32 {
         inner.given().saturating_sub(self.held())
     }
 
@@ -473,11 +339,9 @@ impl FlowTable {
                 && inner.given() < inner.room
                 && let Some(cell) = inner.take_cell()
             {
-                let place = offset_of!(Grant, cells) + 4 * (at % GRANT_CELLS as u64) as usize;
-                if let Some(word) = self.grants.word(cpu, place) {
-                    let upper = place % 8 * 8;
-                    let others = word.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << upper);
-                    word.store(others | u64::from(cell) << upper, Ordering::Relaxed);
+                if let (Some(word), shift) = self.granted(cpu, at) {
+                    let others = word.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << shift);
+                    word.store(others | u64::from(cell) << shift, Ordering::Relaxed);
                 }
                 at += 1;
             }
@@ -498,7 +362,7 @@ impl FlowTable {
             ..*flow
         };
         let mut inner = self.inner();
-        if let Some(number) = inner.find_client(flow.client_hash, &key, None) {
+        if let Some(number) = self.settled(|| inner.find_client(flow.client_hash, &key, None)) {
             let is = |f: &FlowCell| {
                 (f.backend, f.flags & abi::FLOW_BOUND, f.snat, f.snat_port, f.answers_hash, f.protocol)
             };
@@ -511,36 +375,29 @@ impl FlowTable {
             }
             inner.remove(number);
         }
-        let taken = answers.zip(answers_hash).and_then(|(name, hash)| inner.find_answered(hash, name, None));
+        let named = answers.zip(answers_hash);
+        let taken = named.and_then(|(name, hash)| self.settled(|| inner.find_answered(hash, name, None)));
         let reserved =
             taken.filter(|number| inner.cell(*number).is_some_and(|there| there.service == NOBODY));
         if let Some(number) = reserved {
             inner.write(number, &flow);
-            if !self.enter(&mut inner, flow.client_hash, number)? {
-                inner.remove(number);
-                return Err(no_room());
-            }
-            return Ok(());
+            return self.enter(&mut inner, flow.client_hash, number);
         }
         if let Some(number) = taken {
             inner.remove(number);
         }
         let number = self.cell_for(&mut inner)?;
         inner.write(number, &flow);
-        let entered = match answers_hash {
-            Some(hash) => self.enter(&mut inner, hash, number)?,
-            None => true,
-        };
-        if !entered || !self.enter(&mut inner, flow.client_hash, number)? {
-            inner.remove(number);
-            return Err(no_room());
+        if let Some(hash) = answers_hash {
+            self.enter(&mut inner, hash, number)?;
         }
+        self.enter(&mut inner, flow.client_hash, number)?;
         // What the program made of these names meanwhile is not what the engine says.
-        if let Some(other) = inner.find_client(flow.client_hash, &key, Some(number)) {
+        if let Some(other) = self.settled(|| inner.find_client(flow.client_hash, &key, Some(number))) {
             inner.remove(other);
         }
-        if let Some((name, hash)) = answers.zip(answers_hash)
-            && let Some(other) = inner.find_answered(hash, name, Some(number))
+        if let Some((name, hash)) = named
+            && let Some(other) = self.settled(|| inner.find_answered(hash, name, Some(number)))
         {
             inner.remove(other);
         }
@@ -566,16 +423,41 @@ impl FlowTable {
             ..FlowCell::zeroed()
         };
         inner.write(number, &flow);
-        if !self.enter(&mut inner, hash, number)? {
-            inner.remove(number);
-            return Err(no_room());
-        }
+        self.enter(&mut inner, hash, number)?;
         // The program may have done the same at the same time.
         if inner.find_answered(hash, name, Some(number)).is_some() {
             inner.remove(number);
             return Ok(false);
         }
         Ok(true)
+    }
+
+    /// Whether a program is just making a flow in that cell: it has one of its names already, and the cell is not yet taken, or not after
+    /// all.
+    fn is_in_hand(&self, number: u32) -> bool {
+        (0..self.grants.len()).any(|cpu| {
+            let (taken, given) =
+                (self.taken(cpu), self.given(cpu).map_or(0, |given| given.load(Ordering::Acquire)));
+            let (word, shift) = self.granted(cpu, taken);
+            taken < given && word.is_some_and(|word| (word.load(Ordering::Relaxed) >> shift) as u32 == number)
+        })
+    }
+
+    /// The word that names the n-th cell given to a processor, and where in it.
+    fn granted(&self, cpu: u32, n: u64) -> (Option<&AtomicU64>, usize) {
+        let place = offset_of!(Grant, cells) + 4 * (n % GRANT_CELLS as u64) as usize;
+        (self.grants.word(cpu, place), place % 8 * 8)
+    }
+
+    /// What `find` finds, once no program has it in its hands: that takes it less than a microsecond, unless its processor is held up.
+    fn settled(&self, find: impl Fn() -> Option<u32>) -> Option<u32> {
+        loop {
+            let number = find()?;
+            if !self.is_in_hand(number) {
+                return Some(number);
+            }
+            std::thread::yield_now();
+        }
     }
 
     /// A cell for one more flow; makes room where there is none.
@@ -597,15 +479,16 @@ impl FlowTable {
         }
     }
 
-    /// Enters a cell by a name with this hash; `false` when there is no room for it, whatever is done.
-    fn enter(&self, inner: &mut Inner, hash: u32, number: u32) -> io::Result<bool> {
+    /// Enters a cell by a name with this hash. Where there is no room for it, whatever is done, it is taken out.
+    fn enter(&self, inner: &mut Inner, hash: u32, number: u32) -> io::Result<()> {
         while !inner.indices().0.put(slot(hash, number)) {
-            if inner.room >= self.most {
-                return Ok(false);
+            let grown = if inner.room < self.most { self.grow_at_once(inner) } else { Err(no_room()) };
+            if let Err(error) = grown {
+                inner.remove(number);
+                return Err(error);
             }
-            self.grow_at_once(inner)?;
         }
-        Ok(true)
+        Ok(())
     }
 
     /// The flow of a client.
@@ -623,11 +506,13 @@ impl FlowTable {
     /// Takes out what has one of these names; whether there was anything.
     pub(super) fn remove(&self, client: Option<&FlowKey>, answers: Option<&BackendSide>) -> bool {
         let mut inner = self.inner();
-        let of_client = client.and_then(|key| inner.find_client(self.client_hash(key), key, None));
+        let of_client =
+            client.and_then(|key| self.settled(|| inner.find_client(self.client_hash(key), key, None)));
         if let Some(number) = of_client {
             inner.remove(number);
         }
-        let answered = answers.and_then(|name| inner.find_answered(self.answers_hash(name), name, None));
+        let answered = answers
+            .and_then(|name| self.settled(|| inner.find_answered(self.answers_hash(name), name, None)));
         if let Some(number) = answered {
             inner.remove(number);
         }
@@ -662,152 +547,6 @@ impl FlowTable {
         }
         Ok(())
     }
-
-    // Growth.
-
-    /// Whether it is time to grow: there will soon be no room for what programs may make.
-    pub(super) fn is_short(&self) -> bool {
-        let inner = self.inner();
-        if inner.room >= self.most || !matches!(inner.stage, Stage::Quiet) {
-            return false;
-        }
-        let left = inner.room.saturating_sub(self.used(&inner));
-        let cells = inner.cells() - inner.fresh + inner.free.len() as u32;
-        left < (inner.room / 4).max(ROOM_LEFT.min(inner.room / 2)) || cells < ROOM_LEFT.min(inner.room / 2)
-    }
-
-    /// Begins to grow, unless it does already or may not.
-    pub(super) fn begin(&self) -> io::Result<()> {
-        self.begin_in(&mut self.inner())
-    }
-
-    fn begin_in(&self, inner: &mut Inner) -> io::Result<()> {
-        if inner.room >= self.most || !matches!(inner.stage, Stage::Quiet) {
-            return Ok(());
-        }
-        let room = inner.room.saturating_mul(GROWTH).min(self.most);
-        let (present, entry) = (inner.blocks.len() as u32, inner.entry ^ 1);
-        let outer = Arc::clone(&self.outer);
-        inner.stage = Stage::Making(beside(move || {
-            let index = Index::new(room)?;
-            let blocks = Block::add(&outer, present, blocks(room).saturating_sub(present))?;
-            put_map(&outer.names, entry, &index.map)?;
-            Ok(Larger { index, blocks, room })
-        })?);
-        Ok(())
-    }
-
-    /// Does the next piece. When it fails it no longer grows, and nothing is lost.
-    pub(super) fn proceed(&self) -> io::Result<Growth> {
-        self.step(&mut self.inner(), false)
-    }
-
-    fn grow_at_once(&self, inner: &mut Inner) -> io::Result<()> {
-        let room = inner.room;
-        self.begin_in(inner)?;
-        while inner.room == room {
-            self.begin_in(inner)?;
-            self.step(inner, true)?;
-        }
-        Ok(())
-    }
-
-    /// `wait`: for the kernel, too.
-    fn step(&self, inner: &mut Inner, wait: bool) -> io::Result<Growth> {
-        let waits = match &inner.stage {
-            Stage::Quiet => return Ok(Growth::None),
-            Stage::Making(thread) => !thread.is_finished(),
-            Stage::Telling { told: thread, .. } | Stage::Leaving { left: thread, .. } => {
-                !thread.is_finished()
-            }
-            Stage::Copying { .. } => false,
-        };
-        if waits && !wait {
-            return Ok(Growth::Waiting);
-        }
-        match std::mem::replace(&mut inner.stage, Stage::Quiet) {
-            Stage::Quiet => {}
-            Stage::Making(thread) => {
-                let Larger { index, blocks, room } = join(thread)?;
-                inner.blocks.extend(blocks);
-                self.tell_of(inner, index, room, false)?;
-            }
-            Stage::Telling { next, room, moves, told } => {
-                let waited = join(told);
-                if moves {
-                    if let Err(error) = waited {
-                        tracing::warn!(%error, "programs that began before a table of flows was enlarged were not waited for");
-                    }
-                    inner.stage = Stage::Copying { next, room, at: 0 };
-                } else {
-                    let told = waited.and_then(|()| self.tell_of(inner, next, room, true));
-                    // Nothing stands in the larger one yet.
-                    self.tell(inner);
-                    told?;
-                }
-            }
-            Stage::Copying { next, room, at } => {
-                let end = at.saturating_add(COPIED_AT_ONCE).min(inner.index.lines.len());
-                let slots =
-                    (at..end).flat_map(|line| inner.index.slots(line)).filter(|slot| *slot as u32 != 0);
-                let lost = slots.filter(|slot| !next.put(*slot)).count();
-                if lost > 0 {
-                    tracing::warn!(
-                        lost,
-                        "names of flows found no place in a larger index: their packets pass through user space"
-                    );
-                }
-                if end < inner.index.lines.len() {
-                    inner.stage = Stage::Copying { next, room, at: end };
-                    return Ok(Growth::Copying);
-                }
-                self.put_in_force(inner, next, room)?;
-            }
-            Stage::Leaving { left, .. } => {
-                if let Err(e) = join(left) {
-                    tracing::debug!(error = %e, "an old index of flows takes memory until the next one");
-                }
-            }
-        }
-        Ok(if matches!(inner.stage, Stage::Quiet) { Growth::None } else { Growth::Copying })
-    }
-
-    /// Tells programs of a larger index, and begins to wait for those that have not heard of it.
-    fn tell_of(&self, inner: &mut Inner, next: Index, room: u32, moves: bool) -> io::Result<()> {
-        let (outer, entry, map) = (Arc::clone(&self.outer), inner.entry ^ 1, next.map.try_clone()?);
-        let (go, went) = std::sync::mpsc::channel();
-        // There first, so that nothing has been said when it can't be.
-        let told = beside(move || match went.recv() {
-            Ok(()) => put_map(&outer.names, entry, &map),
-            Err(_) => Ok(()),
-        })?;
-        inner.stage = Stage::Telling { next, room, moves, told };
-        self.tell(inner);
-        // The thread is there until it has heard.
-        let _ = go.send(());
-        Ok(())
-    }
-
-    fn put_in_force(&self, inner: &mut Inner, next: Index, room: u32) -> io::Result<()> {
-        inner.index = next;
-        let old_entry = inner.entry;
-        inner.entry ^= 1;
-        inner.room = room;
-        self.tell(inner);
-        tracing::debug!(room, "a larger table of flows");
-        let outer = Arc::clone(&self.outer);
-        let (map, entry) = (inner.index.map.try_clone()?, inner.entry);
-        let left = beside(move || {
-            put_map(&outer.names, entry, &map)?;
-            // Nobody looks at the old one now, and it goes with the last who has it.
-            put_map(&outer.names, old_entry, &Index::create(1)?)
-        });
-        // Without such a thread the old one stays until the next takes its place.
-        if let Ok(left) = left {
-            inner.stage = Stage::Leaving { left };
-        }
-        Ok(())
-    }
 }
 
 impl Inner {
@@ -832,14 +571,4 @@ fn words(address: [u8; 16]) -> [u32; 4] {
 
 fn no_room() -> io::Error {
     io::Error::from_raw_os_error(libc::E2BIG)
-}
-
-fn beside<T: Send + 'static>(
-    f: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<JoinHandle<io::Result<T>>> {
-    std::thread::Builder::new().name("komainu-grow".to_owned()).spawn(f)
-}
-
-fn join<T>(thread: JoinHandle<io::Result<T>>) -> io::Result<T> {
-    thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")))
 }
