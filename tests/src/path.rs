@@ -4,21 +4,20 @@
 //! Everybody stands on one IPv4 network but the clients, which are behind a router. Needs root where there is a hook.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use komainu_packet::checksum::{Sum, checksum};
 use komainu_packet::engine::{Engine, EngineConfig, FrameMut, Passed, Port, PortConfig, Verdict, compile};
 use komainu_packet::lane::FlowFilter;
-use komainu_packet::lane::kernel::abi::{Hop, LeaseCell};
+use komainu_packet::lane::kernel::abi::{self, Bench, Hop, LeaseCell};
 use komainu_packet::lane::kernel::cache::Cache;
 use komainu_packet::lane::kernel::fill::{Filler, Snapshot};
 use komainu_packet::lane::kernel::growing::Growth;
+use komainu_packet::lane::kernel::harness::Harness;
 use komainu_packet::lane::kernel::maps::Maps;
 use komainu_packet::lane::kernel::news::News;
 use komainu_packet::lane::kernel::program::{Hook, Kernel, Sizes};
-use komainu_packet::lane::kernel::sys;
 use komainu_packet::lease::{Lease, LeaseBoard};
 use komainu_packet::neighbour::{Mac, NextHop, NextHops};
 use komainu_packet::plan::{
@@ -191,44 +190,53 @@ impl Path {
         counters.backends.iter().map(|b| b.new_flows).sum()
     }
 
-    /// Flows in the program's maps: on the client's side, on the backend's side.
+    /// Takes every flow out of the program's table.
+    pub fn clear(&self) {
+        let (kernel, ..) = self.kernel.as_ref().expect("a program");
+        kernel.maps().clear_flows().unwrap();
+    }
+
+    /// Flows in the program's table: on the client's side, on the backend's side.
     pub fn in_maps(&self) -> (usize, usize) {
         self.kernel.as_ref().map_or((0, 0), |(kernel, ..)| kernel.maps().count_flows())
     }
 
-    /// Has two processors run the program at once, each with the first segments of its part of `flows` and of every eighth of the other's,
-    /// while the engine follows and the caller does what `beside` does, until both are done.
-    pub fn make_on_two_processors(&mut self, flows: [Range<u32>; 2], mut beside: impl FnMut(&Maps)) {
-        let frame = |flow: u32| self.packet(client(flow), (VIP, PORT), ROUTER_MAC, Flags::Syn);
-        let eighth =
-            |flows: &Range<u32>| flows.clone().filter(|flow| flow % 8 == 0).map(frame).collect::<Vec<_>>();
-        let all = |flows: &Range<u32>| flows.clone().map(frame).collect::<Vec<_>>();
-        let frames: [Vec<_>; 2] = std::array::from_fn(|cpu| {
-            // Those of both meet in time.
-            let mut others = eighth(&flows[1 - cpu]).into_iter();
-            all(&flows[cpu]).chunks(8).flat_map(|own| own.iter().copied().chain(others.next())).collect()
-        });
+    /// Has two processors run the program at once on first segments of `each` clients, from that with number `first` on: mostly each of
+    /// the two on another client, and now and then both on the same at the same moment, for they count together and without locks. The
+    /// caller does what `beside` does meanwhile. What the program tells of the flows that it has made.
+    pub fn make_on_two_processors(
+        &mut self,
+        first: u32,
+        each: u32,
+        mut beside: impl FnMut(&Maps),
+    ) -> Vec<abi::News> {
+        let segment = self.packet(client(0), (VIP, PORT), ROUTER_MAC, Flags::Syn);
+        let mut frame = [0; 96];
+        frame[..segment.len()].copy_from_slice(&segment);
+        // The harness reckons the header's checksum over what it finds.
+        frame[24..26].fill(0);
         let (kernel, _, news) = self.kernel.as_mut().expect("a program");
-        let (program, maps) = (kernel.program_fd().unwrap(), kernel.maps());
+        let harness = Harness::load().unwrap();
+        let bench = Bench { runs: first.into(), flows: 1 << 31, v4: 1, frame };
+        harness.measure(kernel.program_fd().unwrap(), &bench).unwrap();
+        news.grant_each(each.into());
+        let start = Barrier::new(2);
         std::thread::scope(|scope| {
             let threads = [0, 1].map(|cpu| {
-                let frames = &frames[cpu];
+                let (harness, start) = (&harness, &start);
                 scope.spawn(move || {
                     run_on(cpu);
-                    for frame in frames {
-                        sys::test_run(program, frame, None, 1).unwrap();
-                    }
+                    start.wait();
+                    harness.run("vary", &frame, each).unwrap();
                 })
             });
             while !threads.iter().all(|thread| thread.is_finished()) {
-                let now = BootTime::now();
-                news.grant(&mut self.engine, now);
-                news.learn(&mut self.engine, now);
-                grow(maps);
-                beside(maps);
+                beside(kernel.maps());
             }
         });
-        self.learn();
+        let mut told = Vec::new();
+        news.take(usize::MAX, |news| told.push(*news));
+        told
     }
 
     /// The program's table of flows begins to grow, and from now on grows only when it is told to ([`Path::grow`]).

@@ -184,45 +184,42 @@ fn nothing_of_what_happens_while_the_table_grows_is_lost() {
 /// Each of them may find a name free, and put it into another slot of the index than the other does.
 #[test]
 fn two_processors_and_the_engine_give_no_name_twice_at_the_same_time() {
-    for hook in HOOKS {
-        const EACH: u32 = 12_000;
-        let mut path = path(hook, 1, 1 << 17);
-        let (mut reserved, mut taken, mut n) = (0, 0, 0u32);
-        path.make_on_two_processors([0..EACH, EACH..2 * EACH], |maps| {
-            // As the engine does before it remembers a flow; it takes those that the program is just about to take, too.
-            for _ in 0..50 {
-                n = n.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                let snat_port = 1024 + (n >> 16) as u16 % (SNAT_PORT_UPPER - 1024);
-                let to = backend(1);
-                let name = BackendSide {
-                    protocol: 6,
-                    backend: to.address,
-                    backend_port: to.port,
-                    snat: SNAT.into(),
-                    snat_port,
-                };
-                if maps.reserve_name(&name).unwrap() {
-                    reserved += 1;
-                    let there = maps.answered(&name).expect("a name that was taken is there");
-                    assert_eq!(
-                        there.service, NOBODY,
-                        "{hook:?}: the name of port {snat_port} is a flow's, too"
-                    );
-                    maps.release_name(&name);
-                } else {
-                    taken += 1;
-                }
+    const ROUNDS: u32 = 60;
+    const EACH: u32 = 4000;
+    let mut path = path(Hook::Xdp, 1, 1 << 17);
+    let (mut reserved, mut taken, mut n) = (0, 0, 0u32);
+    let to = backend(1);
+    for round in 0..ROUNDS {
+        let told = path.make_on_two_processors(2 * round * EACH, EACH, |maps| {
+            n = n.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let name = BackendSide {
+                protocol: 6,
+                backend: to.address,
+                backend_port: to.port,
+                snat: SNAT.into(),
+                snat_port: 1024 + (n >> 16) as u16 % (SNAT_PORT_UPPER - 1024),
+            };
+            // As the engine does before it remembers a flow.
+            if maps.reserve_name(&name).unwrap() {
+                reserved += 1;
+                let there = maps.answered(&name).expect("a name that was taken is there");
+                assert_eq!(there.service, NOBODY, "{name:?} is a flow's, too");
+                maps.release_name(&name);
+            } else {
+                taken += 1;
             }
         });
-        assert!(reserved > 0 && taken > 0, "{hook:?}: {reserved} and {taken}");
-        let remembered = path.remembered() as usize;
-        assert!(remembered > HALF_OPEN / 2, "{hook:?}: {remembered}");
-        assert_eq!(path.in_maps(), (remembered, remembered), "{hook:?}");
-        let different: BTreeSet<(u32, SocketAddr)> = path.bindings().into_iter().collect();
-        assert_eq!(different.len(), remembered, "{hook:?}: a port was given twice");
-        path.tick_after(PAST_ENDS);
-        assert_eq!((path.remembered(), path.in_maps()), (0, (0, 0)), "{hook:?}");
+        let (clients, names) = path.in_maps();
+        assert_eq!(clients, names, "round {round}: half of a flow");
+        let different: BTreeSet<_> = told.iter().map(|news| news.snat_port).collect();
+        assert_eq!(different.len(), told.len(), "round {round}: a port was given twice");
+        let different: BTreeSet<_> =
+            told.iter().map(|news| (news.flow.client, news.flow.client_port)).collect();
+        assert_eq!(different.len(), told.len(), "round {round}: a client has two flows");
+        path.clear();
+        assert_eq!(path.in_maps(), (0, 0), "round {round}");
     }
+    assert!(reserved > 0 && taken > 0, "{reserved} and {taken}");
 }
 
 #[test]

@@ -24,6 +24,13 @@ impl Index {
         Ok(Index { lines: Mapped::new(map.as_fd(), lines)?, map, shift: 32 - lines.trailing_zeros() })
     }
 
+    /// The same one once more.
+    #[cfg(test)]
+    pub(super) fn over(other: &Index) -> Index {
+        let map = other.map.try_clone().unwrap();
+        Index { lines: Mapped::new(map.as_fd(), other.lines.len()).unwrap(), map, shift: other.shift }
+    }
+
     pub(super) fn create(lines: u32) -> io::Result<OwnedFd> {
         sys::create::<u32, Line>("names", sys::TYPE_ARRAY, lines, sys::FLAG_MMAPABLE | sys::FLAG_INNER)
     }

@@ -342,6 +342,11 @@ impl Maps {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(super) fn table(&self) -> &FlowTable {
+        &self.flows
+    }
+
     // The table of flows grows.
 
     /// Whether it should, so that it has done so before it is full.

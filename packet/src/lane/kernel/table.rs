@@ -572,3 +572,71 @@ fn words(address: [u8; 16]) -> [u32; 4] {
 fn no_room() -> io::Error {
     io::Error::from_raw_os_error(libc::E2BIG)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::sync::atomic::AtomicBool;
+
+    use super::super::program::{Hook, Kernel, Sizes};
+    use super::*;
+
+    /// The engine took the cell for its own while the program went on to make the flow in it.
+    #[test]
+    fn a_flow_that_a_program_has_in_its_hands_is_waited_for() {
+        let kernel = Kernel::load(Hook::Xdp, Sizes::default()).unwrap_or_else(|e| panic!("{e}"));
+        let table = kernel.maps().table();
+        let name = BackendSide {
+            protocol: 6,
+            backend: Ipv4Addr::new(10, 0, 0, 1).into(),
+            backend_port: 80,
+            snat: Ipv4Addr::new(10, 0, 0, 2).into(),
+            snat_port: 1024,
+        };
+        let hash = table.answers_hash(&name);
+        table.grant(0, 1);
+        // As the program when it has found a port and not yet told of it.
+        let number = table.granted(0, 0).0.unwrap().load(Ordering::SeqCst) as u32;
+        let half = || {
+            let inner = table.inner();
+            inner.write(
+                number,
+                &FlowCell {
+                    flags: abi::FLOW_BOUND | abi::FLOW_KEPT,
+                    snat: abi::wide(name.snat),
+                    snat_port: name.snat_port.to_be_bytes(),
+                    protocol: name.protocol,
+                    answers_hash: hash,
+                    ..FlowCell::zeroed()
+                },
+            );
+            assert!(inner.index.put(slot(hash, number)));
+        };
+        // What the program does then.
+        let withdraw = |index: &Index| assert!(index.take(slot(hash, number)));
+        let taken = table.tally.word(0, offset_of!(Tally, taken)).unwrap();
+        let commit = || taken.store(1, Ordering::SeqCst);
+        for removed in [false, true] {
+            half();
+            // The table is locked meanwhile.
+            let (index, done) = (Index::over(&table.inner().index), AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                let remover = scope.spawn(|| {
+                    let removed = table.remove(None, Some(&name));
+                    done.store(true, Ordering::SeqCst);
+                    removed
+                });
+                std::thread::sleep(Duration::from_millis(20));
+                assert!(!done.load(Ordering::SeqCst), "it was not waited for");
+                if removed {
+                    commit()
+                } else {
+                    withdraw(&index)
+                }
+                assert_eq!(remover.join().unwrap(), removed);
+            });
+            let resting = table.inner().resting.iter().any(|(cell, _)| *cell == number);
+            assert_eq!(resting, removed, "whose is the cell?");
+        }
+    }
+}
