@@ -120,8 +120,9 @@ pub fn measure_one(name: &str) -> Result<f64> {
 /// Bytes that this process and its maps take.
 fn taken() -> Result<f64> {
     let status = fs::read_to_string("/proc/self/status")?;
-    let kib =
-        status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS in /proc/self/status")?;
+    // Its own alone: arrays of maps that it looks into are told with the maps.
+    let own = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let kib = own.context("no RssAnon in /proc/self/status")?;
     let kib: f64 = kib.trim().trim_end_matches(" kB").parse()?;
     Ok(kib * 1024.0 + map_bytes()?)
 }
