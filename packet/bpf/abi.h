@@ -266,7 +266,7 @@ struct flow_key {
 #define FLOW_VERSION_SHIFT 3
 
 /* A flow, in a cell of the pool: a cache line. As long as it is in `names` nothing of it changes but `last_seen` and the word of its state,
- * and a cell that was taken from there is left alone for a while (flows.rs), so that whoever has just found it finds it unchanged. */
+ * and a cell that was taken from there is left alone for a while (table.rs), so that whoever has just found it finds it unchanged. */
 struct flow {
     u64 last_seen;
     u32 backend;

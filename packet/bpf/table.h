@@ -34,13 +34,22 @@ struct name {
 #define SLOT_HASH(slot) ((u32)((slot) >> 32))
 #define SLOT_CELL(slot) ((u32)(slot) - 1)
 
+/* Sums that are as far from each other as the ports that they are of would fill some lines and leave others empty, for one secret in some
+ * hundred: so what is summed up is mixed once more. */
+#define INDEX_MIX 0x9e3779b97f4a7c15
+
+INLINE u32 mix_sum(u64 sum)
+{
+    return (u32)((sum ^ sum >> 32) * INDEX_MIX >> 32);
+}
+
 /* Multilinear hashing (Lemire and Kaser, "Strongly universal string hashing is fast", 2014, §3): who does not know the secrets can't
  * choose clients that fall on one line. */
 INLINE u32 hash_client_name(const struct config *c, const u32 *client, u32 service, u16 client_port)
 {
     const u64 *s = c->secrets;
     u64 sum = s[0] + s[1] * client[0] + s[2] * client[1] + s[3] * client[2] + s[4] * client[3] + s[5] * service + s[6] * (u32)client_port;
-    return (u32)(sum >> 32);
+    return mix_sum(sum);
 }
 
 INLINE u32 hash_answers_name(const struct config *c, const u32 *backend, const u32 *snat, u32 ports, u8 protocol)
@@ -48,7 +57,7 @@ INLINE u32 hash_answers_name(const struct config *c, const u32 *backend, const u
     const u64 *s = c->secrets;
     u64 sum = s[0] + s[1] * backend[0] + s[2] * backend[1] + s[3] * backend[2] + s[4] * backend[3] + s[5] * snat[0] + s[6] * snat[1] +
               s[7] * snat[2] + s[8] * snat[3] + s[9] * ports + s[10] * protocol;
-    return (u32)(sum >> 32);
+    return mix_sum(sum);
 }
 
 INLINE struct flow *flow_at(u32 number)
@@ -162,54 +171,47 @@ __attribute__((noinline)) u64 find_in(u64 word, u32 larger, const struct name *n
     return 0;
 }
 
-/* Puts a slot into a line where it may stand. 0: all of them are full. */
-__attribute__((noinline)) int put_slot(u64 word, u32 larger, u64 slot)
+/* Has `to` stand where `from` does, of which one is a slot with this hash and the other 0, in a line where it may stand. 0: it stands in
+ * none of them. */
+__attribute__((noinline)) int exchange(u64 word, u32 larger, u64 from, u64 to)
 {
     struct where in = index_at(word, larger & 1);
-    struct line *home = line_at(in, SLOT_HASH(slot), 0);
+    u32 hash = SLOT_HASH(from | to);
+    struct line *home = line_at(in, hash, 0);
     if (!home)
         return 0;
     for (u32 i = 0; i < INDEX_PROBES; i++) {
         OPAQUE(i);
-        struct line *line = line_at(in, SLOT_HASH(slot), i);
+        struct line *line = line_at(in, hash, i);
         if (!line)
             return 0;
-        /* Said before: whoever looks for it must not stop at the first line. */
-        if (i)
+        /* Said before it stands there: whoever looks for it must not stop at the first line. */
+        if (i && to)
             __sync_fetch_and_add(&home->displaced, 1);
         for (u32 j = 0; j < LINE_SLOTS; j++) {
             OPAQUE(j);
-            if (!READ_ONCE(line->slots[j]) && !__sync_val_compare_and_swap(&line->slots[j], 0, slot))
-                return 1;
+            if (READ_ONCE(line->slots[j]) != from || __sync_val_compare_and_swap(&line->slots[j], from, to) != from)
+                continue;
+            if (i && !to)
+                __sync_fetch_and_add(&home->displaced, -1);
+            return 1;
         }
-        if (i)
+        if (i && to)
             __sync_fetch_and_add(&home->displaced, -1);
     }
     return 0;
 }
 
-/* Takes a slot out again. */
-__attribute__((noinline)) int take_slot(u64 word, u32 larger, u64 slot)
+/* Puts a slot into the index. 0: no line has room. */
+INLINE int put_slot(u64 word, u32 larger, u64 slot)
 {
-    struct where in = index_at(word, larger & 1);
-    struct line *home = line_at(in, SLOT_HASH(slot), 0);
-    if (!home)
-        return 0;
-    for (u32 i = 0; i < INDEX_PROBES; i++) {
-        OPAQUE(i);
-        struct line *line = line_at(in, SLOT_HASH(slot), i);
-        if (!line)
-            return 0;
-        for (u32 j = 0; j < LINE_SLOTS; j++) {
-            OPAQUE(j);
-            if (READ_ONCE(line->slots[j]) != slot || __sync_val_compare_and_swap(&line->slots[j], slot, 0) != slot)
-                continue;
-            if (i)
-                __sync_fetch_and_add(&home->displaced, -1);
-            return 1;
-        }
-    }
-    return 0;
+    return exchange(word, larger, 0, slot);
+}
+
+/* Takes it out again. 0: it is not there. */
+INLINE int take_slot(u64 word, u32 larger, u64 slot)
+{
+    return exchange(word, larger, slot, 0);
 }
 
 /* The cell, plus 1, of the flow of that name, wherever it may stand. */

@@ -68,7 +68,7 @@ pub struct EngineConfig {
 pub const MAX_FLOWS: usize = 1 << 26;
 /// Flow table of a lane that was told nothing else: 1 M flows, about 130 MB when full.
 pub const DEFAULT_MAX_FLOWS: usize = 1 << 20;
-/// New flows per second of a lane that was told nothing else: more than one core follows of any lane, so it is met by floods only.
+/// New flows per second of a lane that was told nothing else: about what one core follows of the fastest lane, so that a flood has no more.
 pub const DEFAULT_NEW_FLOWS_PER_SECOND: u32 = 500_000;
 /// Foreign claims that wait for [`Engine::poll_claim`]. Each address waits at most once, so more than the VIPs of a
 /// busy pair are not needed; a flood of claims loses the rest and they come again.

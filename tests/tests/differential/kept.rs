@@ -157,6 +157,7 @@ fn nothing_of_what_happens_while_the_table_grows_is_lost() {
                 break;
             }
         }
+        assert!(step > 5, "{hook:?}: {step}");
         assert_eq!(path.went_up(), 0, "{hook:?}");
         let remembered = path.remembered() as usize;
         assert_eq!(path.in_maps(), (remembered, remembered), "{hook:?}");

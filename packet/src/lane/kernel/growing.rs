@@ -165,7 +165,7 @@ impl FlowTable {
                     inner.stage = Stage::Copying { next, room, at: end };
                     return Ok(Growth::Copying);
                 }
-                self.put_in_force(inner, next, room)?;
+                self.put_in_force(inner, next, room);
             }
             Stage::Leaving { left, .. } => {
                 if let Err(e) = join(left) {
@@ -192,25 +192,29 @@ impl FlowTable {
         Ok(())
     }
 
-    fn put_in_force(&self, inner: &mut Inner, next: Index, room: u32) -> io::Result<()> {
+    /// The larger index is in force, whatever else fails: names stand there that the old one does not have.
+    fn put_in_force(&self, inner: &mut Inner, next: Index, room: u32) {
+        let map = next.map.try_clone();
         inner.index = next;
         let old_entry = inner.entry;
         inner.entry ^= 1;
         inner.room = room;
         self.tell(inner);
         tracing::debug!(room, "a larger table of flows");
-        let outer = Arc::clone(&self.outer);
-        let (map, entry) = (inner.index.map.try_clone()?, inner.entry);
-        let left = beside(move || {
-            put_map(&outer.names, entry, &map)?;
-            // Nobody looks at the old one now, and it goes with the last who has it.
-            put_map(&outer.names, old_entry, &Index::create(1)?)
+        let (outer, entry) = (Arc::clone(&self.outer), inner.entry);
+        let left = map.and_then(|map| {
+            beside(move || {
+                put_map(&outer.names, entry, &map)?;
+                // Nobody looks at the old one now, and it goes with the last who has it.
+                put_map(&outer.names, old_entry, &Index::create(1)?)
+            })
         });
-        // Without such a thread the old one stays until the next takes its place.
-        if let Ok(left) = left {
-            inner.stage = Stage::Leaving { left };
+        match left {
+            Ok(left) => inner.stage = Stage::Leaving { left },
+            Err(error) => {
+                tracing::debug!(%error, "an old index of flows takes memory until the next one");
+            }
         }
-        Ok(())
     }
 }
 
