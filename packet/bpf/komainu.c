@@ -127,8 +127,25 @@ int komainu(struct xdp_md *ctx)
     return handle(ctx, ctx->ingress_ifindex);
 }
 #else
-/* Headers that are read directly: Ethernet, IPv6, neighbour discovery with its option. */
-#define HEADERS (ETH_LEN + IPV6_LEN + ND_LEN)
+/* Bytes at the beginning of a frame that are read directly. */
+INLINE u32 headers_of(struct __sk_buff *ctx)
+{
+    const u8 *data = (void *)(long)ctx->data;
+    int v6 = ctx->protocol == swap16(ETHERTYPE_IPV6);
+    if (!v6 && ctx->protocol != swap16(ETHERTYPE_IPV4))
+        return ARP_FRAME;
+    if ((void *)(data + ETH_LEN + IPV4_LEN) > (void *)(long)ctx->data_end)
+        return ND_FRAME;
+    u32 ip = ETH_LEN + (v6 ? IPV6_LEN : IPV4_LEN);
+    switch (v6 ? data[ETH_LEN + 6] : data[ETH_LEN + 9]) {
+    case PROTO_TCP:
+        return ip + TCP_LEN;
+    case PROTO_UDP:
+        return ip + UDP_LEN;
+    default:
+        return v6 ? ND_FRAME : ip;
+    }
+}
 
 SEC("classifier")
 int komainu(struct __sk_buff *ctx)
@@ -137,8 +154,14 @@ int komainu(struct __sk_buff *ctx)
      * has the frame without it. */
     if (ctx->vlan_present && ctx->vlan_tci & 0x0fff)
         return VERDICT_PASS;
-    if (unlikely((u64)ctx->data_end - ctx->data < HEADERS) && ctx->len > (u32)(ctx->data_end - ctx->data))
-        skb_pull(ctx, ctx->len < HEADERS ? ctx->len : HEADERS);
+    /* A host's own frames have their headers, and nothing else, in what can be read directly. To pull one byte more into it copies all of
+     * it to another place, for every super-frame. */
+    u32 direct = ctx->data_end - ctx->data;
+    if (direct < ND_FRAME && ctx->len > direct) {
+        u32 headers = headers_of(ctx);
+        if (unlikely(direct < headers))
+            skb_pull(ctx, ctx->len < headers ? ctx->len : headers);
+    }
     return handle(ctx, ctx->ifindex);
 }
 #endif

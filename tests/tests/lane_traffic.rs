@@ -8,12 +8,17 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use aya::EbpfLoader;
+use aya::maps::PerCpuArray;
+use aya::programs::tc::{SchedClassifier, TcAttachType, qdisc_add_clsact};
 use komainu_lab::topology::{SERVICE, addr};
 use komainu_lab::{Lab, Standard};
 use komainu_packet::lane::af_packet::AfPacketConfig;
 use komainu_packet::lane::{FlowFilter, LaneKind, SharedLane};
 use komainu_packet::plan::{Mode, Plan, Protocol};
 use komainu_tests::lane::{self, GROUP, Renewer};
+
+static LINEAR: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/linear.o"));
 
 const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -185,6 +190,36 @@ fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family(kind: LaneKi
 }
 
 /// An echo server that serves connections until its listener's last connection said so.
+/// The program at the tc hook once had each super-frame of IPv4 copied: it asked for as many bytes as the longest headers that it reads.
+#[test]
+fn headers_of_super_frames_are_not_moved() {
+    let stage = Stage::build(LaneKind::Tc);
+    for mode in MODES {
+        let (host, at) = listen(mode, 0);
+        let server = stage.lab.host(host);
+        let mut programs = EbpfLoader::new().load(LINEAR).unwrap();
+        let program: &mut SchedClassifier = programs.program_mut("linear").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        server.run(|| {
+            // Where there are no links at the hook, it is there for filters only once it was asked for.
+            let _ = qdisc_add_clsact("eth0");
+            program.attach("eth0", TcAttachType::Ingress).unwrap();
+        });
+        let listener = server.run(|| TcpListener::bind((at, port(TCP, mode)))).unwrap();
+        let reader = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            check_pattern(&stream).unwrap()
+        });
+        send_pattern(&stage.connect(mode, 0), 20 * MIB).unwrap();
+        assert_eq!(reader.join().unwrap(), 20 * MIB);
+        let counted = PerCpuArray::<_, u64>::try_from(programs.map("super_frames").unwrap()).unwrap();
+        let [all, moved] = [0, 1].map(|which| counted.get(&which, 0).unwrap().iter().sum::<u64>());
+        assert!(all > 20, "{mode:?}: {all} super-frames for 20 MiB");
+        assert_eq!(moved, 0, "{mode:?}: of {all}");
+    }
+}
+
 fn echo(listener: TcpListener) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         for stream in listener.incoming() {

@@ -47,6 +47,7 @@ impl Lab {
         check_names(topology)?;
         let dir = WorkDir::create()?;
         let switch = Namespace::create("switch")?;
+        switch.run(no_firewall)?;
         let mut namespaces = BTreeMap::new();
         for host in &topology.hosts {
             let ns = Namespace::create(&host.name)?;
@@ -320,6 +321,18 @@ fn check_names(topology: &Topology) -> Result<()> {
             return Err(LabError::Topology(format!(
                 "cable \"{cable}\" has {ends} ends, or a segment's name: a cable joins two hosts"
             )));
+        }
+    }
+    Ok(())
+}
+
+/// A switch looks into no packet. Where `br_netfilter` is loaded, as container engines have it, every bridged frame would go through the
+/// firewall's hooks (kernel `Documentation/networking/bridge.rst`).
+fn no_firewall() -> Result<()> {
+    for family in ["ip", "ip6", "arp"] {
+        let key = format!("bridge/bridge-nf-call-{family}tables");
+        if Path::new("/proc/sys/net").join(&key).exists() {
+            write_sysctl_here(&key, "0")?;
         }
     }
     Ok(())

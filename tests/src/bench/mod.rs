@@ -3,6 +3,7 @@
 //!
 //! | file | holds |
 //! |---|---|
+//! | [`conntrack`] | room for the kernel's own connections |
 //! | [`memory`] | what flows cost in memory |
 //! | [`paths`] | the network, and the ways through it |
 //! | [`flood`] | a flood of SYNs beside established connections |
@@ -11,6 +12,7 @@
 //! | [`report`] | results as JSON and as a page |
 //! | [`wire`] | packets per second from a generator in the kernel |
 
+pub mod conntrack;
 pub mod flood;
 pub mod measure;
 pub mod memory;

@@ -125,6 +125,11 @@ impl Stage {
     /// Missing privileges, no `nft` or `haproxy`, or a refusal of the kernel.
     pub fn build(ring_slots: usize) -> Result<Stage> {
         let lab = Lab::build(&topology()).context("build the network namespaces")?;
+        for (_, host) in lab.hosts() {
+            // Not whatever the machine has: BBR paces by timers, which in a virtual machine cost more than all else, and every path
+            // would be as slow as they are. Every kernel has this one.
+            host.sysctl("ipv4/tcp_congestion_control", "reno")?;
+        }
         for name in ["router", "dnat"] {
             for key in ["all", "eth0"] {
                 lab.host(name).sysctl(&format!("ipv4/conf/{key}/send_redirects"), "0")?;

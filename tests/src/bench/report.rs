@@ -107,7 +107,9 @@ pub fn page(lines: &[Line], command: &str) -> String {
          - `direct`: no machine in between. `nftables_dnat`: the same router with a `dnat` rule (connection tracking). \
          `haproxy_tcp`: HAProxy in TCP mode, two threads, `splice-auto`.\n\
          - `af_packet_*`, `tc_*`: a lane, by mode.\n\
-         - `tcp_bulk`: one connection, client to server; `tcp_bulk_back`: server to client. `udp_packets`: one flow of smallest frames, sent without any pacing, \
+         - `tcp_bulk`: one connection, client to server, sent by `sendfile` as file servers do; `tcp_bulk_back`: server to client. All of TCP \
+         here has the congestion control `reno`: `bbr`, which the machine may have, paces by timers, and in a virtual machine it is they \
+         that would be measured. `udp_packets`: one flow of smallest frames, sent without any pacing, \
          counted where they arrive. `tcp_connections`: 8 clients that connect, exchange a byte, and reset.\n\
          - `program_ns/*`: nanoseconds that the program of the `xdp` lane takes for a packet beyond an empty program that sends it back \
          (`empty_program`, itself not subtracted), by `BPF_PROG_TEST_RUN`: no driver, no sending. Established TCP to a service with 100 \
@@ -120,7 +122,8 @@ pub fn page(lines: &[Line], command: &str) -> String {
          MAC addresses in the driver. Paths above the driver get their frames through an XDP program that passes them. \
          `generator_and_counter`: without a data path, the counter in its place. `wire_packets_ns`: what a packet takes of a data path \
          beyond those two, which no balancer's processor has to do besides, in nanoseconds of the same round. \
-         `wire_packets_200k`: the same with 200 000 flows to 64 servers (`nftables_dnat`: to one).\n\
+         `wire_packets_200k`, `wire_packets_1m`: the same with 200 000 and a million flows to 64 servers, chosen by `nftables_dnat` by a \
+         hash, too; for a million the kernel's table of connections is given room. User space would take a minute to learn a million.\n\
          - `wire_connections`: the same with one connection after the other, 64 servers: SYN, the server's answer (in `dsr` it goes \
          elsewhere), ACK, RST, no two alike for a lane, as many as arrive (768 on their way); counted by the ACKs. What a data path itself can take on, where in \
          `tcp_connections` the two ends have most of the work. `haproxy_tcp` has every processor, and both its ends are a program in the driver: the client that acknowledges and the server that answers.\n\

@@ -22,6 +22,7 @@ use komainu_packet::plan::{Mode, Protocol};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+use super::conntrack::Room;
 use super::paths::nft;
 use crate::lane::{self, Renewer};
 
@@ -54,9 +55,10 @@ const FRAME: usize = 60;
 const BURST: u32 = 1 << 19;
 /// The same for connections to a proxy, which are mostly waited for.
 const BURST_OF_CALLS: u32 = 1 << 22;
-/// Frames of a burst that flows are warmed up with, where user space must keep up and where the kernel does it all, and how many
-/// frames for each flow: 1 in 1000 is missed.
+/// Frames of a burst that flows are warmed up with, where user space must keep up, where it provides what flows are made of (as much
+/// as it provides at once), and where the kernel does it all; and how many frames for each flow: 1 in 1000 is missed.
 const WARM_BURST: u32 = 1 << 10;
+const BURST_OF_GRANTS: u32 = 1 << 13;
 const BURST_OF_KERNEL: u32 = 1 << 16;
 const WARM_UP: u32 = 7;
 /// Bursts before each further run.
@@ -107,6 +109,10 @@ impl Way {
             Load::Connections => vec![Way::Nftables, Way::Haproxy],
         };
         for kind in [LaneKind::AfPacket, LaneKind::Tc, LaneKind::Xdp] {
+            // User space takes a minute to learn so many flows, and is no slower with them.
+            if kind == LaneKind::AfPacket && matches!(load, Load::Established(1_000_000..)) {
+                continue;
+            }
             ways.extend([Mode::Dsr, Mode::Nat, Mode::NatTransparent].map(|mode| Way::Lane(kind, mode)));
         }
         ways
@@ -142,6 +148,7 @@ pub struct Wire {
     lab: Lab,
     programs: Ebpf,
     lane: Option<(SharedLane, Renewer)>,
+    _room: Option<Room>,
     way: Way,
     load: Load,
     /// Frames of a burst while flows are new.
@@ -186,7 +193,7 @@ impl Wire {
         for name in ["generate", "generate_first", "generate_connections", "generate_calls"] {
             loaded(&mut programs, name)?;
         }
-        let mut haproxy = None;
+        let (mut haproxy, mut room) = (None, None);
         let lane = match way {
             Way::Ends => {
                 // The same program is loaded once, and may sit at both ends.
@@ -215,14 +222,24 @@ impl Wire {
                 for key in ["all", "eth0"] {
                     balancer.sysctl(&format!("ipv4/conf/{key}/send_redirects"), "0")?;
                 }
+                // The kernel remembers its choice, so the map is looked into by the first packet of a connection.
+                let choices: Vec<_> =
+                    backends.iter().enumerate().map(|(i, backend)| format!("{i} : {backend}")).collect();
                 nft(
                     balancer,
                     &format!(
                         "add table ip bench\n\
                          add chain ip bench pre {{ type nat hook prerouting priority dstnat; }}\n\
-                         add rule ip bench pre ip daddr {VIP} tcp dport {PORT} dnat to {BACKEND}\n"
+                         add rule ip bench pre ip daddr {VIP} tcp dport {PORT} \
+                         dnat to jhash ip saddr . tcp sport mod {} map {{ {} }}\n",
+                        choices.len(),
+                        choices.join(", ")
                     ),
                 )?;
+                if let Load::Established(flows) = load {
+                    // Those of other namespaces of the machine besides.
+                    room = Room::make(flows + flows / 16)?;
+                }
                 None
             }
             Way::Lane(kind, mode) => {
@@ -239,10 +256,12 @@ impl Wire {
                 Some((lane, renewer))
             }
         };
-        // Only there a flow's first packets go up to user space, one by one.
-        let goes_up = matches!(way, Way::Lane(_, Mode::Nat));
-        let warm_burst = if goes_up { WARM_BURST } else { BURST_OF_KERNEL };
-        Ok(Wire { _haproxy: haproxy, lab, programs, lane, way, load, warm_burst, opened: false })
+        let warm_burst = match way {
+            Way::Lane(LaneKind::AfPacket, Mode::Nat) => WARM_BURST,
+            Way::Lane(_, Mode::Nat) => BURST_OF_GRANTS,
+            _ => BURST_OF_KERNEL,
+        };
+        Ok(Wire { _haproxy: haproxy, lab, programs, lane, _room: room, way, load, warm_burst, opened: false })
     }
 
     /// Sends for `time` and says how much came through each second: packets, or connections whose acknowledgement did.

@@ -23,7 +23,7 @@ const USAGE: &str = "usage: bench [--quick] [--docs] [--only METRIC[/PATH]] [--r
   --quick   3 runs of half a second each instead of 5 of one second
   --docs    also write docs/benchmarks.md
   --only    one metric (program_ns, syn_flood_ns, flow_memory, cpu_at_rest, tcp_bulk, tcp_bulk_back, udp_packets,
-            tcp_connections, wire_packets, wire_packets_200k, wire_connections) or, from tcp_bulk on, one line of the results; writes nothing
+            tcp_connections, wire_packets, wire_packets_200k, wire_packets_1m, wire_connections) or, from tcp_bulk on, one line of the results; writes nothing
   --runs    rounds
   --ms      milliseconds a run
   --slots   slots of each of the lane's receive rings";
@@ -33,10 +33,11 @@ const LARGE_PLAN: (u16, u16) = (1000, 100);
 const PLAN_METRIC: &str = "plan_change";
 const REST_METRIC: &str = "cpu_at_rest";
 /// What the kernel generates: name in the results, load, unit and how many make one of it.
-const WIRE: [(&str, Load, &str, f64); 3] = [
+const WIRE: [(&str, Load, &str, f64); 4] = [
     ("wire_packets", Load::Established(10_000), "Mpps", 1e6),
     // The kernel's own table has room for 262 144 by default.
     ("wire_packets_200k", Load::Established(200_000), "Mpps", 1e6),
+    ("wire_packets_1m", Load::Established(1_000_000), "Mpps", 1e6),
     ("wire_connections", Load::Connections, "connections/s", 1.0),
 ];
 /// Time over which the lane is watched at rest.
