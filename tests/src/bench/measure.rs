@@ -67,6 +67,14 @@ impl Metric {
         }
     }
 
+    /// Rounds of it in a run of so many: one connection at a time leaves more to chance than what has many flows.
+    pub fn rounds(self, runs: usize) -> usize {
+        match self {
+            Metric::TcpBulk | Metric::TcpBulkBack => 2 * runs + 1,
+            Metric::UdpPackets | Metric::TcpConnections => runs,
+        }
+    }
+
     /// Whether `path` carries it.
     pub fn is_carried_by(self, path: &Path) -> bool {
         self != Metric::UdpPackets || !path.tcp_only

@@ -147,8 +147,9 @@ fn end_to_end(stage: &Stage, options: &Options) -> Result<Vec<Line>> {
         let paths: Vec<_> =
             stage.paths.iter().filter(|p| wanted(&p.name) && metric.is_carried_by(p)).collect();
         let mut values: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for round in 1..=options.runs {
-            tell(&format!("{} of {} paths, round {round} of {}", metric.name(), paths.len(), options.runs));
+        let rounds = metric.rounds(options.runs);
+        for round in 1..=rounds {
+            tell(&format!("{} of {} paths, round {round} of {rounds}", metric.name(), paths.len()));
             for path in &paths {
                 values.entry(&path.name).or_default().push(metric.measure(&stage.lab, path, options.time)?);
             }
