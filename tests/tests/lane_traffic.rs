@@ -189,7 +189,6 @@ fn a_hundred_mebibytes_of_tcp_arrive_whole_in_every_mode_and_family(kind: LaneKi
     }
 }
 
-/// An echo server that serves connections until its listener's last connection said so.
 /// The program at the tc hook once had each super-frame of IPv4 copied: it asked for as many bytes as the longest headers that it reads.
 #[test]
 fn headers_of_super_frames_are_not_moved() {
@@ -220,6 +219,7 @@ fn headers_of_super_frames_are_not_moved() {
     }
 }
 
+/// An echo server that serves connections until its listener's last connection said so.
 fn echo(listener: TcpListener) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         for stream in listener.incoming() {

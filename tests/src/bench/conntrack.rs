@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -43,10 +42,8 @@ impl Room {
             .spawn()
             .context("start what puts the limit back")?;
         let room = Room { keeper };
-        // In this order: the kernel sets the limit to the number of buckets where that is changed first.
         for (path, value) in [(BUCKETS, connections.max(buckets)), (MAX, connections)] {
-            fs::write(Path::new(path), value.to_string())
-                .with_context(|| format!("set {path} to {value}"))?;
+            fs::write(path, value.to_string()).with_context(|| format!("set {path} to {value}"))?;
         }
         Ok(Some(room))
     }

@@ -123,7 +123,7 @@ pub fn page(lines: &[Line], command: &str) -> String {
          `generator_and_counter`: without a data path, the counter in its place. `wire_packets_ns`: what a packet takes of a data path \
          beyond those two, which no balancer's processor has to do besides, in nanoseconds of the same round. \
          `wire_packets_200k`, `wire_packets_1m`: the same with 200 000 and a million flows to 64 servers, chosen by `nftables_dnat` by a \
-         hash, too; for a million the kernel's table of connections is given room. User space would take a minute to learn a million.\n\
+         hash, too; for a million the kernel's table of connections is given room. `af_packet` is left out there: it would take minutes to learn a million.\n\
          - `wire_connections`: the same with one connection after the other, 64 servers: SYN, the server's answer (in `dsr` it goes \
          elsewhere), ACK, RST, no two alike for a lane, as many as arrive (768 on their way); counted by the ACKs. What a data path itself can take on, where in \
          `tcp_connections` the two ends have most of the work. `haproxy_tcp` has every processor, and both its ends are a program in the driver: the client that acknowledges and the server that answers.\n\

@@ -109,7 +109,7 @@ impl Way {
             Load::Connections => vec![Way::Nftables, Way::Haproxy],
         };
         for kind in [LaneKind::AfPacket, LaneKind::Tc, LaneKind::Xdp] {
-            // User space takes a minute to learn so many flows, and is no slower with them.
+            // User space takes minutes to learn so many flows, one frame after the other.
             if kind == LaneKind::AfPacket && matches!(load, Load::Established(1_000_000..)) {
                 continue;
             }
